@@ -1,0 +1,53 @@
+"""Checkpoints: tensors and plain containers, written in one move, loaded with weights_only=True."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from options import UserError
+
+FORMAT = 1  # of the mapping in the file; a loader refuses others
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint so that a crash leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, of another program or of another format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch raises a dozen types for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason[:100]}); take an earlier epoch") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise UserError(f"{path} is not a checkpoint of this program")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}; use the version it is of")
+    return content
+
+
+def epochs(folder: Path, stem: str) -> list[int]:
+    """The epochs whose checkpoint STEM_epoch_N.pt lies in a folder, ascending."""
+    names = (re.fullmatch(rf"{stem}_epoch_(\d+)\.pt", path.name) for path in folder.glob(f"{stem}_epoch_*.pt"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def path_of(folder: Path, stem: str, epoch: int) -> Path:
+    """STEM_epoch_N.pt, the state after epoch N."""
+    return folder / f"{stem}_epoch_{epoch}.pt"

@@ -1,0 +1,140 @@
+"""Reload a search's checkpoint, print its state and the derived genotype, and draw both cells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import options
+from options import UserError
+from options.default_option import TrainOptions
+
+if TYPE_CHECKING:
+    from genotypes import Genotype
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What to look at. Everything else comes from the checkpoint."""
+
+    experiment: str = "search"
+    """Name of the experiment: a folder of experiments_dir."""
+    epoch: str = "last"
+    """Epoch whose checkpoint is read, or last."""
+    visualize: bool = True
+    """Draw the cells to visualizations_dir/EXPERIMENT/."""
+    rule: Literal["argmax", "top2"] = "argmax"
+    """How the genotype is derived: argmax (SNAS, none included) or top2 (DARTS, for comparison)."""
+    experiments_dir: str = "experiments"
+    """Where runs lie."""
+    visualizations_dir: str = "visualizations"
+    """Where pictures go."""
+
+    def check(self) -> None:
+        """Raise UserError where a value is not allowed."""
+        if self.epoch != "last" and not self.epoch.isdigit():
+            raise UserError(f"--epoch {self.epoch} is neither a number nor last")
+
+
+class Inspected(NamedTuple):
+    """What inspection found."""
+
+    epoch: int
+    metrics: dict[str, Any]
+    genotype: "Genotype"
+    params: int
+    flops: int
+    files: list[Path]
+
+
+def main(argv: Sequence[str] | None = None) -> Inspected:
+    """Print and draw a checkpoint; returns what was printed."""
+    opt = options.parse(InspectOptions, argv, "inspect_model.py", __doc__)
+    import checkpoint
+    import genotypes
+    import visualize
+
+    folder = Path(opt.experiments_dir) / opt.experiment
+    content = checkpoint.load(_checkpoint_path(folder, opt))
+    run = _train_options(content["options"])
+    state = content["parts"]["network"]
+    alphas = [state["alpha_normal"], state["alpha_reduce"]]
+    genotype = genotypes.derive(*alphas, space=run.space, rule=opt.rule)
+    params, flops = _child_cost(genotype, run, content["data"])
+    _report(content, run, alphas, genotype, params, flops)
+    files: list[Path] = []
+    if opt.visualize:
+        ending = f"_epoch_{content['epoch']}" + ("" if opt.rule == "argmax" else f"_{opt.rule}")
+        files = visualize.draw_genotype(genotype, Path(opt.visualizations_dir) / opt.experiment, ending, alphas)
+        print("pictures    " + ", ".join(str(path) for path in files))
+    return Inspected(content["epoch"], content["metrics"], genotype, params, flops, files)
+
+
+def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
+    import checkpoint
+
+    known = checkpoint.epochs(folder, "weights")
+    if not known:
+        base = Path(opt.experiments_dir)
+        others = sorted(p.name for p in base.iterdir() if checkpoint.epochs(p, "weights")) if base.is_dir() else []
+        hint = f"experiments with one: {', '.join(others)}" if others else f"{base} has none: run main.py first"
+        raise UserError(f"--experiment {opt.experiment}: no search checkpoint in {folder}; {hint}")
+    epoch = known[-1] if opt.epoch == "last" else int(opt.epoch)
+    if epoch not in known:
+        raise UserError(f"--epoch {epoch} is not kept in {folder}; there are {', '.join(map(str, known))}")
+    return checkpoint.path_of(folder, "weights", epoch)
+
+
+def _train_options(stored: dict[str, Any]) -> TrainOptions:
+    """The run's own options; what this version does not know is left out."""
+    known = {field.name for field in fields(TrainOptions)}
+    return TrainOptions(**{name: value for name, value in stored.items() if name in known})
+
+
+def _child_cost(genotype: "Genotype", run: TrainOptions, info: dict[str, Any]) -> tuple[int, int]:
+    """params and flops of the child at the search's own size."""
+    import torch
+
+    import cost
+    from model import ChildNetwork
+
+    with torch.device("meta"):
+        child = ChildNetwork(
+            genotype, run.init_channels, len(info["classes"]), run.layers, in_channels=info["channels"]
+        )
+        image = torch.empty(1, info["channels"], *info["image_size"])
+    return cost.count_params(child), cost.count_flops(child, image)
+
+
+def _report(
+    content: dict[str, Any], run: TrainOptions, alphas: list[Any], genotype: "Genotype", params: int, flops: int
+) -> None:
+    import sampling
+
+    info, row = content["data"], content["metrics"]
+    height, width = info["image_size"]
+    print(f"experiment  {run.name}, epoch {content['epoch']} of {run.epochs}, seed {run.seed}")
+    print(f"data        {run.dataset}: {len(info['classes'])} classes, {width}x{height}, {info['channels']} channels")
+    print(f"loss        train {row['train_loss']:.4f}, valid {row['valid_loss']:.4f}")
+    print(
+        f"accuracy    train {row['train_acc']:.2f} %, valid {row['valid_acc']:.2f} % (a sampled Z), "
+        f"child {row['child_valid_acc']:.2f} % (argmax, the supernet's weights)"
+    )
+    print(f"balanced    valid {row['valid_balanced_acc']:.2f} %, child {row['child_valid_balanced_acc']:.2f} %")
+    print(f"temperature {row['temperature']:.4f}")
+    uniform = sampling.entropy(alphas[0] * 0).item()
+    found = [sampling.entropy(alpha).item() for alpha in alphas]
+    print(f"entropy     normal {found[0]:.2f}, reduce {found[1]:.2f} nats (uniform: {uniform:.2f})")
+    print("genotype    an op:input for each edge kept")
+    for kind, nodes, _ in genotype.cells():
+        for index, node in enumerate(nodes):
+            edges = "  ".join(f"{op}:{source}" for op, source in node) or "no input: zeros"
+            print(f"  {kind:6s} node {index}: {edges}")
+    print(
+        f"cost        the child at C = {run.init_channels}, {run.layers} cells: {params:,} parameters, "
+        f"{flops / 1e6:,.2f} Mflops (multiply-adds) an image"
+    )
+
+
+if __name__ == "__main__":
+    options.entry(main)

@@ -1,0 +1,208 @@
+"""The supernet: every candidate operation on every edge, weighted by Z; it owns alpha.
+
+forward(images, Z) is a deterministic function of both. With a one-hot Z it is the child of that
+architecture with the supernet's weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sampling
+from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, edge_list, num_edges
+from operations import FIRST, Conv, FactorizedReduce, Norm, Operation, drop_path, make_op
+from sampling import Z
+
+
+class State:
+    """A state of a cell (B, C, H, W) with the parameter-free first stages that its edges share."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._stages: dict[tuple[str, int], Tensor] = {}
+
+    def stage(self, op: Operation) -> Tensor:
+        """first(x) of the operation, computed once per kind and stride."""
+        # Strides belong to pooling; what comes before a strided convolution does not depend on them.
+        key = (op.first, op.stride if "pool" in op.first else 1)
+        if key not in self._stages:
+            self._stages[key] = FIRST[op.first](self.x, op.stride)
+        return self._stages[key]
+
+
+class MixedOp(nn.Module):
+    """An edge: sum_k Z_k O_k(x), x the source state."""
+
+    def __init__(self, space: Sequence[str], channels: int, stride: int) -> None:
+        super().__init__()
+        self.names = [name for name in space]
+        self.ops = nn.ModuleDict({name: make_op(name, channels, stride, affine=False) for name in space if name != NONE})
+
+    def forward(self, state: State, weights: Sequence[Tensor], active: Sequence[bool]) -> Tensor | None:
+        """Z-weighted sum of the active operations, or None where there is none."""
+        total: Tensor | None = None
+        for name, weight, on in zip(self.names, weights, active, strict=True):
+            if on and name != NONE:
+                op = self.ops[name]
+                y = op.rest(state.stage(op), weight)
+                total = y if total is None else total.add_(y)
+        return total
+
+
+class Cell(nn.Module):
+    """Two prepared inputs, N nodes that sum their edges, and the concatenation of the nodes."""
+
+    def __init__(self, plan: CellPlan, space: Sequence[str], nodes: int) -> None:
+        super().__init__()
+        self.plan = plan
+        before, last = plan.inputs
+        self.prepare0 = (
+            FactorizedReduce(before, plan.channels, affine=False)
+            if plan.after_reduction
+            else Conv(before, plan.channels, 1, 1, affine=False)
+        )
+        self.prepare1 = Conv(last, plan.channels, 1, 1, affine=False)
+        self.sources = edge_list(nodes)
+        self.nodes = nodes
+        self.edges = nn.ModuleList(
+            MixedOp(space, plan.channels, 2 if plan.reduction and source < 2 else 1) for _, source in self.sources
+        )
+
+    def forward(
+        self, before: Tensor, last: Tensor, z: Tensor, active: Sequence[Sequence[bool]], drop: float = 0.0
+    ) -> Tensor:
+        """c_{k-2}, c_{k-1} and Z (E, O) -> (B, N * C, H', W')."""
+        states = [State(self.prepare0(before)), State(self.prepare1(last))]
+        rows = [row.unbind() for row in z.unbind()]
+        totals: list[Tensor | None] = [None] * self.nodes
+        for (node, source), edge, weights, on in zip(self.sources, self.edges, rows, active, strict=True):
+            y = edge(states[source], weights, on)
+            if y is not None:
+                y = drop_path(y, drop) if self.training else y
+                totals[node] = y if totals[node] is None else totals[node].add_(y)
+            if source == node + 1:  # the node's last edge
+                total = totals[node]
+                states.append(State(self._zeros(states[1].x) if total is None else total))
+        return torch.cat([state.x for state in states[2:]], 1)
+
+    def _zeros(self, x: Tensor) -> Tensor:
+        if not self.plan.reduction:
+            return torch.zeros_like(x)
+        return torch.zeros_like(x[:, :, ::2, ::2])
+
+
+class Network(nn.Module):
+    """The supernet of SNAS (Xie et al. 2019, section 2): theta, and alpha as logits.
+
+    Args:
+        init_channels: C of the first cell.
+        num_classes: size of the logits.
+        layers: number of cells; reduction cells at layers // 3 and 2 * layers // 3.
+        space: a name of genotypes.SPACES.
+        nodes: intermediate nodes of a cell.
+        in_channels: channels of the images.
+        drop_path_prob: probability that a sample skips an edge, in training.
+    """
+
+    def __init__(
+        self,
+        init_channels: int,
+        num_classes: int,
+        layers: int,
+        space: str = "snas",
+        nodes: int = 4,
+        in_channels: int = 3,
+        drop_path_prob: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.space, self.nodes, self.drop_path_prob = space, nodes, drop_path_prob
+        stem_channels = 3 * init_channels
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, stem_channels, 3, padding=1, bias=False), Norm(stem_channels))
+        plans = cell_plan(init_channels, layers, stem_channels, (nodes, nodes))
+        self.cells = nn.ModuleList(Cell(plan, SPACES[space], nodes) for plan in plans)
+        reductions = sum(plan.reduction for plan in plans)
+        self.cells_of_kind = (layers - reductions, reductions)
+        self.classifier = nn.Linear(plans[-1].output, num_classes)
+        shape = (num_edges(nodes), len(SPACES[space]))
+        self.alpha_normal = nn.Parameter(1e-3 * torch.randn(shape))
+        self.alpha_reduce = nn.Parameter(1e-3 * torch.randn(shape))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, z: Z) -> Tensor:
+        """Images (B, channels, H, W) and Z -> logits (B, classes).
+
+        An operation whose weight is exactly zero is not computed when Z asks for no gradient, as in the
+        evaluation of a one-hot Z; its term is zero either way.
+        """
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        before, last = x, x
+        of_kind = [iter(self._per_cell(rows, kind)) for kind, rows in enumerate(z)]
+        for cell in self.cells:
+            rows = next(of_kind[cell.plan.reduction])  # (E, O)
+            every = rows.requires_grad or rows.is_meta  # meta tensors, used to count flops, have no values
+            active = [[True] * rows.shape[1]] * rows.shape[0] if every else (rows != 0).tolist()
+            before, last = last, cell(before, last, rows, active, self.drop_path_prob)
+        return self.classifier(last.mean((2, 3)))
+
+    def _per_cell(self, rows: Tensor, kind: int) -> Sequence[Tensor]:
+        """The Z of each cell of a kind (0 normal, 1 reduce), shared or its own."""
+        return list(rows) if rows.dim() == 3 else [rows] * self.cells_of_kind[kind]
+
+    def alphas(self) -> list[nn.Parameter]:
+        """[alpha_normal, alpha_reduce], each (E, O)."""
+        return [self.alpha_normal, self.alpha_reduce]
+
+    def thetas(self) -> list[nn.Parameter]:
+        """All parameters but alpha."""
+        return [p for name, p in self.named_parameters() if not name.startswith("alpha_")]
+
+    def sample(self, temperature: float, generator: torch.Generator | None = None, per_cell: bool = False) -> Z:
+        """Z ~ Concrete(alpha, temperature), differentiable in alpha; see sampling.concrete_sample.
+
+        Args:
+            temperature: of the softmax, > 0.
+            generator: source of the noise, on alpha's device.
+            per_cell: draw an independent Z for every cell.
+        """
+        counts = self.cells_of_kind if per_cell else (None, None)
+        draws = [sampling.concrete_sample(a, temperature, generator, n) for a, n in zip(self.alphas(), counts, strict=True)]
+        return Z(*draws)
+
+    def one_hot(self, genotype: Genotype) -> Z:
+        """The Z at which the supernet is the child of `genotype`: rows one-hot, none where no op is left.
+
+        Raises:
+            ValueError: the genotype is of another space or size, or has two ops on one edge.
+        """
+        if genotype.space != self.space:
+            raise ValueError(f"the genotype is of the space {genotype.space!r}, the supernet of {self.space!r}")
+        edges = edge_list(self.nodes)
+        result = []
+        for kind, nodes, concat in genotype.cells():
+            if len(nodes) != self.nodes or sorted(concat) != list(range(2, 2 + self.nodes)):
+                raise ValueError(f"the {kind} cell has not the supernet's {self.nodes} nodes, all concatenated")
+            index = [0] * len(edges)
+            for node, pairs in enumerate(nodes):
+                for op, source in pairs:
+                    if index[edges.index((node, source))]:
+                        raise ValueError(f"{kind} node {node} has two ops on its edge from {source}")
+                    index[edges.index((node, source))] = SPACES[self.space].index(op)
+            rows = F.one_hot(torch.tensor(index, device=self.alpha_normal.device), len(SPACES[self.space]))  # (E, O)
+            result.append(rows.to(self.alpha_normal.dtype))
+        return Z(*result)
+
+    def child_state_dict(self, genotype: Genotype) -> dict[str, Tensor]:
+        """The supernet's weights under the names of model.ChildNetwork(genotype, ..., affine=False)."""
+        kept = {k: v for k, v in self.state_dict().items() if not k.startswith(("cells.", "alpha_"))}
+        edges = edge_list(self.nodes)
+        for index, cell in enumerate(self.cells):
+            nodes = genotype.reduce if cell.plan.reduction else genotype.normal
+            modules = {"prepare0": cell.prepare0, "prepare1": cell.prepare1}
+            pairs = [(node, op, source) for node, pairs in enumerate(nodes) for op, source in pairs]
+            for number, (node, op, source) in enumerate(pairs):
+                modules[f"ops.{number}"] = cell.edges[edges.index((node, source))].ops[op]
+            for name, module in modules.items():
+                kept |= {f"cells.{index}.{name}.{k}": v for k, v in module.state_dict().items()}
+        return kept

@@ -1,0 +1,111 @@
+"""What a user may say: options as dataclasses, and UserError for what was said wrong."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse.typing import restricted_number_type
+
+O = TypeVar("O")
+
+HalfOpenUnit = restricted_number_type("HalfOpenUnit", float, [(">=", 0), ("<", 1)])
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: the option or file, the value, what is allowed, what to try."""
+
+
+class _Parser(ArgumentParser):
+    """Errors are one line on standard error and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split()))
+        print(f"{self.prog}: error: {text} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: str) -> O:
+    """Read options from the command line and --config FILE.yaml, the command line winning.
+
+    Args:
+        options: a dataclass whose fields carry type, default and docstring; its check(), if any, raises
+            UserError for values that do not go together.
+        argv: the arguments without the program's name; None takes the process's own.
+        prog, description: for --help.
+    Raises:
+        SystemExit: code 2 after a one-line error; 0 after --help or --print_config.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file of options, e.g. options/presets/quick.yaml")
+    parser.add_class_arguments(options)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    _check_config_files(parser, arguments)
+    parsed = parser.parse_args(arguments)
+    values = {field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    result = options(**values)
+    try:
+        if hasattr(result, "check"):
+            result.check()
+    except UserError as error:
+        parser.error(str(error))
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's restricted numbers as ordinary ones, which YAML and checkpoints take."""
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _check_config_files(parser: _Parser, arguments: Sequence[str]) -> None:
+    """Name the file and the place where a --config cannot be read; jsonargparse's own text is a page long."""
+    for index, argument in enumerate(arguments):
+        if argument.partition("=")[0] != "--config":
+            continue
+        name = argument.partition("=")[2] if "=" in argument else " ".join(arguments[index + 1 : index + 2])
+        try:
+            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            parser.error(f"--config {name}: no such file; the presets are in options/presets/")
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--config {name} cannot be read: {error}")
+        except yaml.YAMLError as error:
+            parser.error(f"--config {name} is not YAML: {error}")
+        if not isinstance(content, dict):
+            parser.error(f"--config {name} holds no `option: value` lines")
+
+
+def save(options: Any, path: Path, head: str) -> None:
+    """Write the resolved options as YAML that --config reads back; `head` becomes its first comment line."""
+    text = yaml.safe_dump(to_dict(options), sort_keys=False, allow_unicode=True)
+    path.write_text(f"# {head}\n{text}", encoding="utf-8")
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """The options as plain containers, tuples as lists: what checkpoints and YAML hold."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(options).items()
+    }
+
+
+def entry(main: Callable[[], Any]) -> None:
+    """Run a script's main as a program: bad input is one line and exit code 2, Ctrl-C is 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; finished epochs are kept: add --resume True to go on", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,138 @@
+"""The options of main.py. Defaults are the paper's or the authors' values for CIFAR-10."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
+
+from options import HalfOpenUnit, UserError
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a search and a retraining have in common: the run, the data, the machine."""
+
+    name: str = "search"
+    """Name of the experiment: a folder of experiments_dir. An existing one is never overwritten."""
+    experiments_dir: str = "experiments"
+    """Where runs leave their files."""
+    visualizations_dir: str = "visualizations"
+    """Where pictures go."""
+    resume: bool = False
+    """Continue the experiment from its newest checkpoint, bit for bit; start it if there is none."""
+    seed: NonNegativeInt = 0
+    """Seed of every random number: weights, splits, batches, augmentation, Z."""
+    save_freq: PositiveInt = 10
+    """Keep the checkpoint of every save_freq-th epoch; the newest one is always kept."""
+    report_freq: PositiveInt = 10
+    """Steps between two updates of the running figures on the progress bar."""
+
+    dataset: str = "cifar10"
+    """A folder with one subfolder of images per class, or cifar10, cifar100, fashion_mnist."""
+    data_dir: str = "data"
+    """Where the data sets called by name lie or are downloaded to."""
+    download: bool = False
+    """Download a data set called by name if it is missing."""
+    image_size: PositiveInt | None = None
+    """Side in pixels; images are resized (shorter side) and cropped at the centre. Default: the images' own size."""
+    train_portion: OpenUnitInterval = 0.5
+    """Part of the images outside the test set that are trained on; the rest validate."""
+    test_portion: HalfOpenUnit = 0.2
+    """Part of a folder's images kept for testing, never seen by the search. Named data sets bring their own."""
+    group_pattern: str | None = None
+    """Regular expression found in the file name; images with the same match (first group) stay in one split."""
+    balance: bool = False
+    """Draw training images so that every class comes equally often (with replacement)."""
+    crop_padding: NonNegativeInt = 4
+    """Zero pixels around a training image before it is cropped at random to its size; 0 leaves it as it is."""
+    flip: Literal["none", "horizontal", "both"] = "horizontal"
+    """Random mirroring of training images; both suits images without an upright, such as overhead views."""
+    cutout: bool = False
+    """Blank a random square in every training image."""
+    cutout_length: PositiveInt = 16
+    """Side in pixels of that square."""
+    max_ram_gb: PositiveFloat = 4.0
+    """Decoded images larger than this in all are kept in a file of cache_dir, mapped into memory."""
+    cache_dir: str = "~/.cache/snas"
+    """Where that file goes; it is used again by later runs on the same images."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast."""
+    compile: bool = False
+    """Compile the cells with torch.compile: minutes at the start, faster steps."""
+    batch_size: PositiveInt = 64
+    """Images a training step."""
+    eval_batch_size: PositiveInt = 256
+    """Images a batch of evaluation."""
+    epochs: PositiveInt = 150
+    """Passes over the training images."""
+
+    def check(self) -> None:
+        """Raise UserError where values do not go together."""
+        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or self.name in (".", ".."):
+            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
+        if self.group_pattern is not None:
+            try:
+                re.compile(self.group_pattern)
+            except re.error as error:
+                raise UserError(f"--group_pattern {self.group_pattern!r} is no regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """A search: the supernet, its sampling, its two optimisers."""
+
+    space: Literal["snas", "nasnet", "amoebanet"] = "snas"
+    """Operation space: the candidate operations of an edge."""
+    init_channels: PositiveInt = 16
+    """C, channels of the first cell's nodes."""
+    layers: PositiveInt = 8
+    """Number of cells; reduction cells at layers // 3 and 2 * layers // 3. At least 3."""
+    nodes: PositiveInt = 4
+    """Intermediate nodes of a cell."""
+    drop_path_prob: HalfOpenUnit = 0.0
+    """Probability that a sample skips an edge in training."""
+
+    learning_rate: PositiveFloat = 0.025
+    """Of theta (SGD), at the start."""
+    learning_rate_min: NonNegativeFloat = 0.001
+    """Of theta at the end of the cosine."""
+    momentum: HalfOpenUnit = 0.9
+    """Of SGD."""
+    weight_decay: NonNegativeFloat = 3e-4
+    """Of theta."""
+    grad_clip: PositiveFloat = 5.0
+    """Largest norm of theta's gradient."""
+    arch_learning_rate: PositiveFloat = 3e-4
+    """Of alpha (Adam)."""
+    arch_weight_decay: NonNegativeFloat = 1e-3
+    """Of alpha."""
+    arch_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.5, 0.999)
+    """Of Adam: --arch_betas=[0.5,0.999]."""
+    arch_grad_clip: PositiveFloat = 10.0
+    """Largest norm of alpha's gradient."""
+
+    temp_schedule: Literal["linear", "exponential"] = "linear"
+    """linear: from initial_temp to min_temp, an epoch at a time. exponential: initial_temp * exp(-anneal_rate * step)."""
+    initial_temp: PositiveFloat = 1.0
+    """Temperature of the softmax at the start."""
+    min_temp: PositiveFloat = 0.03
+    """Floor of the temperature; linear ends there."""
+    anneal_rate: NonNegativeFloat = 3e-5
+    """Of the exponential schedule, per training step of the whole run."""
+    resample_cell: bool = False
+    """Draw a fresh Z for every cell instead of one per cell type."""
+    calibration_batches: PositiveInt = 8
+    """Training batches (of eval_batch_size) from which batch-norm statistics are estimated before an evaluation."""
+
+    def check(self) -> None:
+        super().check()
+        if self.layers < 3:
+            raise UserError(f"--layers {self.layers}: a network has at least 3 cells, two of which reduce")
+        if self.min_temp > self.initial_temp:
+            raise UserError(f"--min_temp {self.min_temp} is above --initial_temp {self.initial_temp}")
+        if self.learning_rate_min > self.learning_rate:
+            raise UserError(f"--learning_rate_min {self.learning_rate_min} is above --learning_rate {self.learning_rate}")

@@ -1,0 +1,238 @@
+"""The SNAS step and the search around it.
+
+Xie et al. 2019 (arXiv 1812.09926): minimise E_{Z ~ p_alpha}[L_theta(Z)] over theta and alpha at once.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import engine
+import genotypes
+import sampling
+import utils
+import visualize
+from data import DataInfo
+from model_search import Network
+from options.default_option import TrainOptions
+from sampling import Z
+
+Terms = dict[str, Tensor]  # further scalars of an objective, logged under their names
+# An objective is a module: (logits (B, classes), targets (B,), Z) -> (loss, terms)
+
+
+class CrossEntropy(nn.Module):
+    """The plain objective of main.py."""
+
+    def forward(self, logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, Terms]:
+        """Mean cross-entropy in nats; the architecture costs nothing."""
+        return F.cross_entropy(logits.float(), targets), {}
+
+
+# (network, info, opt) -> the objective; the loop knows none by name
+MakeObjective = Callable[[Network, DataInfo, TrainOptions], nn.Module]
+
+
+@dataclass
+class Learner:
+    """What a search trains and what trains it."""
+
+    network: Network
+    objective: nn.Module
+    theta_optimizer: torch.optim.SGD
+    alpha_optimizer: torch.optim.Adam
+    scheduler: torch.optim.lr_scheduler.CosineAnnealingLR
+
+    def parts(self) -> dict[str, engine.Stateful]:
+        """All of it, by name, for the checkpoint."""
+        return dict(vars(self))
+
+
+def build(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> Learner:
+    """The supernet, its objective, SGD for theta and Adam for alpha, seeded; on the CPU."""
+    torch.manual_seed(utils.fold(opt.seed, "init"))
+    network = make_network(opt, info)
+    theta = torch.optim.SGD(network.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay)
+    alpha = torch.optim.Adam(
+        network.alphas(), opt.arch_learning_rate, opt.arch_betas, weight_decay=opt.arch_weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(theta, opt.epochs, opt.learning_rate_min)
+    return Learner(network, make_objective(network, info, opt), theta, alpha, scheduler)
+
+
+def make_network(opt: TrainOptions, info: DataInfo) -> Network:
+    """The supernet of the options and the data."""
+    return Network(
+        opt.init_channels, len(info.classes), opt.layers, opt.space, opt.nodes, info.channels, opt.drop_path_prob
+    )
+
+
+def search_step(
+    learner: Learner, images: Tensor, targets: Tensor, z: Z, opt: TrainOptions, autocast: torch.autocast
+) -> tuple[Tensor, Tensor, Terms]:
+    """The SNAS step: one Z, one forward, one backward; theta and alpha are updated together.
+
+    Args:
+        images: (B, C, H, W). targets: (B,).
+        z: a sample of p_alpha, differentiable in alpha.
+    Returns:
+        logits (B, classes), loss, the objective's terms.
+    """
+    network = learner.network
+    with autocast:
+        logits = network(images, z)
+    loss, terms = learner.objective(logits, targets, z)
+    learner.theta_optimizer.zero_grad()
+    learner.alpha_optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.thetas(), opt.grad_clip)
+    nn.utils.clip_grad_norm_(network.alphas(), opt.arch_grad_clip)
+    learner.theta_optimizer.step()
+    learner.alpha_optimizer.step()
+    return logits, loss, terms
+
+
+def temperature(opt: TrainOptions, epoch: int, step: int) -> float:
+    """The softmax temperature in an epoch (1..epochs) at a step of the whole run (0..)."""
+    if opt.temp_schedule == "linear":
+        return sampling.linear_temperature(epoch, opt.epochs, opt.initial_temp, opt.min_temp)
+    return sampling.exponential_temperature(step, opt.initial_temp, opt.anneal_rate, opt.min_temp)
+
+
+class Found(NamedTuple):
+    """What a search leaves: its folder, the derived genotype, the last epoch's row of metrics, pictures."""
+
+    folder: Path
+    genotype: genotypes.Genotype
+    metrics: dict[str, Any]
+    pictures: list[Path]
+
+
+def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
+    """Search an architecture: resume or start, train every epoch, derive, write genotype.json, draw it.
+
+    Args:
+        opt: the options.
+        make_objective: (network, info, opt) -> the objective to minimise.
+    Raises:
+        UserError: options, data or experiment cannot be used, or the loss became infinite.
+    """
+    run = engine.open_run(opt, "weights")
+    learner = build(opt, run.data.info, make_objective)
+    learner.network.to(run.device)
+    learner.objective.to(run.device)
+    run.restore(learner.parts())
+    engine.announce(run, learner.network, Z(*learner.network.alphas()), _estimate_seconds(run, learner))
+    if opt.compile:
+        for cell in learner.network.cells:
+            cell.compile()
+    row = engine.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
+    genotype = genotypes.derive(*learner.network.alphas(), space=opt.space)
+    utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
+    pictures = visualize.draw_genotype(
+        genotype, Path(opt.visualizations_dir) / opt.name, f"_epoch_{run.epoch}", learner.network.alphas()
+    )
+    print(f"genotype {run.folder / 'genotype.json'}")
+    print(f"pictures {', '.join(str(path) for path in pictures)}")
+    return Found(run.folder, genotype, row, pictures)
+
+
+def _one_epoch(run: engine.Run, learner: Learner, epoch: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    row = _train_epoch(run, learner, epoch)
+    row |= _evaluate_epoch(run, learner, epoch, row["temperature"])
+    return row | {"epoch_seconds": time.perf_counter() - start}
+
+
+def _train_epoch(run: engine.Run, learner: Learner, epoch: int) -> dict[str, Any]:
+    opt: TrainOptions = run.opt  # type: ignore[assignment]
+    network, steps = learner.network.train(), run.data.steps(opt.batch_size)
+    mean, images_seen, start = engine.Mean(), 0, time.perf_counter()
+    heat = temperature(opt, epoch, (epoch - 1) * steps)
+    row = {"learning_rate": learner.scheduler.get_last_lr()[0]}
+    batches = run.data.train_batches(opt.batch_size, epoch, run.device)
+    with tqdm(batches, f"epoch {epoch}/{opt.epochs}", steps, unit="step", leave=False, disable=None) as bar:
+        for index, (images, targets) in enumerate(bar):
+            step = (epoch - 1) * steps + index
+            heat = temperature(opt, epoch, step)
+            z = network.sample(heat, utils.generator(run.device, opt.seed, "z", step), opt.resample_cell)
+            logits, loss, terms = search_step(learner, images, targets, z, opt, engine.autocast(run))
+            accuracy = 100 * (logits.argmax(1) == targets).float().mean()
+            mean.add({"train_loss": loss, "train_acc": accuracy, **terms}, len(targets))
+            images_seen += len(targets)
+            if (index + 1) % opt.report_freq == 0 or index + 1 == steps:
+                now = mean.values()
+                engine.check_finite(run, now["train_loss"], epoch)
+                bar.set_postfix(loss=f"{now['train_loss']:.3f}", acc=f"{now['train_acc']:.1f}")
+    learner.scheduler.step()
+    speed = images_seen / (time.perf_counter() - start)
+    return {"temperature": heat, **row, **mean.values(), "images_per_second": speed}
+
+
+@torch.no_grad()
+def _evaluate_epoch(run: engine.Run, learner: Learner, epoch: int, heat: float) -> dict[str, Any]:
+    """A fresh Z and the argmax child on the validation split, each with its own batch-norm statistics."""
+    opt: TrainOptions = run.opt  # type: ignore[assignment]
+    network = learner.network
+    child = network.one_hot(genotypes.derive(*network.alphas(), space=opt.space))
+    fresh = network.sample(heat, utils.generator(run.device, opt.seed, "valid", epoch), opt.resample_cell)
+    row: dict[str, Any] = {}
+    for prefix, z in (("valid", fresh), ("child_valid", child)):
+        figures = evaluate_z(run, network, z, epoch)
+        row |= {f"{prefix}_{name}": value for name, value in figures._asdict().items()}
+    row["entropy_normal"], row["entropy_reduce"] = (sampling.entropy(alpha).item() for alpha in network.alphas())
+    return row
+
+
+def evaluate_z(run: engine.Run, network: Network, z: Z, epoch: int, split: str = "valid") -> engine.Figures:
+    """The supernet at one Z on a split, with batch-norm statistics estimated for this Z on training images."""
+    opt: TrainOptions = run.opt  # type: ignore[assignment]
+
+    def forward(images: Tensor) -> Tensor:
+        with engine.autocast(run):
+            return network(images, z)
+
+    batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, run.device)
+    with engine.calibrated(network, forward, batches):
+        return engine.evaluate(run, forward, split)
+
+
+def summarise(row: Mapping[str, Any]) -> str:
+    """One epoch for people."""
+    return (
+        f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  train {row['train_acc']:5.2f} %  "
+        f"valid {row['valid_acc']:5.2f} %  child {row['child_valid_acc']:5.2f} % "
+        f"(balanced {row['child_valid_balanced_acc']:5.2f} %)  "
+        f"entropy {row['entropy_normal']:.2f} + {row['entropy_reduce']:.2f}  T {row['temperature']:.3f}  "
+        f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s"
+    )
+
+
+def _estimate_seconds(run: engine.Run, learner: Learner) -> float:
+    """Seconds that the rest of the run will take, guessed from a few steps of a copy that is thrown away."""
+    opt: TrainOptions = run.opt  # type: ignore[assignment]
+    network, objective = copy.deepcopy((learner.network.train(), learner.objective))
+    images, targets = next(run.data.train_batches(opt.batch_size, 0, run.device))
+    size = min(8, opt.batch_size)
+    for _ in range(3):  # the first warms up; the whole batch only where it is fast
+        start = time.perf_counter()
+        z = network.sample(1.0)
+        with engine.autocast(run):
+            logits = network(images[:size], z)
+        loss, _ = objective(logits, targets[:size], z)
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = (time.perf_counter() - start) / len(targets[:size])
+        size = opt.batch_size if seconds * opt.batch_size < 1.5 else size
+    train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
+    evaluated = min(train, opt.calibration_batches * opt.eval_batch_size) + valid
+    # evaluation is a forward pass, a third of a step, over these images; the child's is a small part of it
+    return (opt.epochs - run.epoch) * seconds * (train + 0.4 * evaluated)

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import RelaxedOneHotCategorical
+
+import sampling
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.5, 0.03])
+def test_sample_equals_gumbel_softmax_under_one_seed(temperature: float) -> None:
+    alpha = torch.randn(14, 8, generator=torch.Generator().manual_seed(1))
+    ours = sampling.concrete_sample(alpha, temperature, torch.Generator().manual_seed(7))
+    torch.manual_seed(7)
+    assert torch.equal(ours, F.gumbel_softmax(alpha, temperature))
+
+
+def test_sample_frequencies_are_softmax_alpha() -> None:
+    alpha = torch.tensor([[1.0, 0.0, -1.0]])
+    z = sampling.concrete_sample(alpha, 0.5, torch.Generator().manual_seed(0), cells=40_000)
+    assert z.shape == (40_000, 1, 3)
+    share = F.one_hot(z.argmax(-1), 3).double().mean((0, 1))
+    # 4.5 standard errors of a share of 40,000 draws
+    assert torch.allclose(share, alpha.double().softmax(-1)[0], atol=4.5 * 0.5 / 200)
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.7, 0.1])
+def test_log_density_equals_torch_distributions(temperature: float) -> None:
+    alpha = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    z = sampling.concrete_sample(alpha, temperature, torch.Generator().manual_seed(3))
+    oracle = RelaxedOneHotCategorical(torch.tensor(temperature, dtype=torch.float64), logits=alpha, validate_args=False)
+    got = sampling.concrete_log_density(z.log(), alpha, temperature)
+    assert torch.allclose(got, oracle.log_prob(z), rtol=1e-9)
+
+
+def test_log_density_integrates_to_one_on_two_ops() -> None:
+    alpha, steps = torch.tensor([0.3, -0.4], dtype=torch.float64), 200_000
+    first = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    z = torch.stack([first, 1 - first], -1)
+    density = sampling.concrete_log_density(z.log(), alpha.expand_as(z), 0.7).exp()
+    assert density.mean().item() == pytest.approx(1, abs=2e-3)  # the density over z_1 in (0, 1)
+
+
+def test_sample_gradient_passes_gradcheck() -> None:
+    alpha = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def draw(a: torch.Tensor) -> torch.Tensor:
+        return sampling.concrete_sample(a, 0.7, torch.Generator().manual_seed(5))
+
+    assert torch.autograd.gradcheck(draw, alpha)
+
+
+def test_extreme_noise_gives_no_nan() -> None:
+    z = sampling.concrete_sample(torch.zeros(1000, 1000), 0.01, torch.Generator().manual_seed(0))
+    assert torch.isfinite(z).all()
+
+
+def test_entropy_of_uniform_and_of_certain_alpha() -> None:
+    assert sampling.entropy(torch.zeros(14, 8)).item() == pytest.approx(29.1122, abs=5e-5)
+    certain = 1e4 * F.one_hot(torch.arange(14) % 8, 8).float()
+    assert sampling.entropy(certain).item() == 0
+    alpha = torch.randn(6, 5)
+    oracle = torch.distributions.Categorical(logits=alpha).entropy().sum()
+    assert sampling.entropy(alpha).item() == pytest.approx(oracle.item(), rel=1e-5)
+
+
+def test_linear_schedule_is_the_authors() -> None:
+    got = [sampling.linear_temperature(n, 150, 1.0, 0.03) for n in range(1, 151)]
+    assert got == [pytest.approx((1 - (e + 1) / 150) * (1 - 0.03) + 0.03) for e in range(150)]
+    assert got[-1] == pytest.approx(0.03)
+
+
+def test_exponential_schedule_counts_steps_of_the_whole_run_and_has_a_floor() -> None:
+    assert sampling.exponential_temperature(0, 2.5, 3e-5, 0.03) == 2.5
+    assert sampling.exponential_temperature(10_000, 2.5, 3e-5, 0.03) == pytest.approx(2.5 * math.exp(-0.3))
+    assert sampling.exponential_temperature(10**7, 2.5, 3e-5, 0.03) == 0.03

@@ -1,0 +1,91 @@
+"""Seeds, the run directory, and the numbers of a run: metrics.jsonl, mirrored in TensorBoard."""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from options import UserError
+
+
+def fold(seed: int, *labels: str | int) -> int:
+    """A seed below 2**63 for one purpose at one moment, e.g. fold(seed, "z", step).
+
+    Randomness is folded, not carried: a resumed run draws what the uninterrupted one would have drawn.
+    """
+    digest = hashlib.blake2b(repr((seed, *labels)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(device: torch.device | str, seed: int, *labels: str | int) -> torch.Generator:
+    """A generator on `device`, seeded with fold(seed, *labels)."""
+    return torch.Generator(device).manual_seed(fold(seed, *labels))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device; auto is cuda, then mps, then cpu.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} cannot be used here; try --device cpu") from None
+    return device
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader or a crash never meets half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class MetricLog:
+    """metrics.jsonl, one row an epoch, and the same rows as TensorBoard events.
+
+    Args:
+        folder: the run directory.
+        epoch: rows after this epoch, left by a run that died before its checkpoint, are dropped.
+    """
+
+    def __init__(self, folder: Path, epoch: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a slow import, wanted by runs alone
+
+        self.path = folder / "metrics.jsonl"
+        rows = [row for row in read_metrics(self.path) if row["epoch"] <= epoch] if self.path.exists() else []
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one epoch's row; numbers become scalars of TensorBoard under the same names."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "epoch":
+                self._writer.add_scalar(name, value, row["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out with a warning."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            warnings.warn(f"{path}: an unfinished line is left out", stacklevel=2)
+    return rows

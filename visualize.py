@@ -1,0 +1,133 @@
+"""Cell diagrams: a genotype as a graph, drawn to SVG and PNG without a viewer or a system Graphviz."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import graphviz
+
+from genotypes import SPACES, Genotype, Node, edge_list
+
+Probabilities = Mapping[tuple[int, int, str], float]  # (node, source, op) -> p_alpha(op)
+
+# (what an op's name starts with, colour, word for the legend)
+_FAMILIES = (
+    ("sep_conv", "#1f5fa8", "separable convolution"),
+    ("dil_conv", "#7b3fa0", "dilated convolution"),
+    ("conv", "#0d7d86", "convolution"),
+    ("max_pool", "#b3541e", "max pooling"),
+    ("avg_pool", "#94761a", "average pooling"),
+    ("skip", "#5b6470", "skip"),
+)
+_TITLES = {"normal": "normal cell", "reduce": "reduction cell"}
+
+
+def cell_graph(kind: str, nodes: Sequence[Node], concat: Sequence[int], probabilities: Probabilities) -> graphviz.Digraph:
+    """The graph of one cell.
+
+    Args:
+        kind: normal or reduce.
+        nodes: the (op, input) pairs of each node. A node without a pair is marked as a zero tensor.
+        concat: the states that make up the output.
+        probabilities: p_alpha of the drawn ops; where given it is written beside the op and sets the width.
+    """
+    used = sum(len(node) for node in nodes)
+    title = f"{_TITLES.get(kind, kind)}: {used} operation{'s' * (used != 1)}"
+    graph = graphviz.Digraph(
+        kind,
+        graph_attr={
+            "rankdir": "LR", "label": title, "labelloc": "t", "fontsize": "16", "fontname": "Arial",
+            "nodesep": "0.28", "ranksep": "0.9", "pad": "0.25", "dpi": "110", "bgcolor": "white",
+        },
+        node_attr={
+            "shape": "box", "style": "rounded,filled", "fontname": "Arial", "fontsize": "14", "height": "0.45",
+            "width": "0.55", "color": "#8a94a0", "fillcolor": "#eef2f6",
+        },
+        edge_attr={"fontname": "Arial", "fontsize": "12", "arrowsize": "0.7"},
+    )  # fmt: skip
+    for state, text in enumerate(("c_{k-2}", "c_{k-1}")):
+        graph.node(str(state), text, fillcolor="#cfe6d0", color="#5c8f60")
+    for index, node in enumerate(nodes):
+        name = str(index + 2)
+        if node:
+            graph.node(name, str(index))
+        else:
+            graph.node(name, f"{index}: no input,\nzeros", style="rounded,dashed", fontcolor="#777777")
+        for op, source in node:
+            probability = probabilities.get((index, source, op))
+            colour = next((c for start, c, _ in _FAMILIES if op.startswith(start)), "black")
+            label = op if probability is None else f"{op}  {probability:.2f}"
+            width = 1.6 if probability is None else 0.8 + 2.2 * probability
+            graph.edge(str(source), name, f" {label} ", color=colour, fontcolor=colour, penwidth=f"{width:.2f}")
+    graph.node("out", "c_{k}", fillcolor="#f6e3b5", color="#a98a3c")
+    for state in concat:
+        graph.edge(str(state), "out", color="#b8bec6", style="solid", penwidth="1.0", arrowsize="0.5")
+    return graph
+
+
+def op_probabilities(alpha: Any, space: str) -> dict[tuple[int, int, str], float]:
+    """softmax(alpha) as (node, source, op) -> probability; alpha is an (E, O) tensor."""
+    rows = alpha.detach().float().softmax(-1).tolist()
+    nodes = next(n for n in range(1, len(rows) + 1) if len(edge_list(n)) == len(rows))
+    return {
+        (node, source, op): value
+        for (node, source), row in zip(edge_list(nodes), rows, strict=True)
+        for op, value in zip(SPACES[space], row, strict=True)
+    }
+
+
+def find_renderer() -> str | None:
+    """The Graphviz program to draw with: beside this Python or on PATH, `dot` before `graphviz-pure`."""
+    for name in ("dot", "graphviz-pure"):
+        for found in (shutil.which(name, path=str(Path(sys.executable).parent)), shutil.which(name)):
+            if found:
+                return found
+    return None
+
+
+def render(graph: graphviz.Digraph, stem: Path) -> list[Path]:
+    """Draw a graph to STEM.svg and STEM.png; without a renderer, or if it fails, keep STEM.gv and say why.
+
+    Returns:
+        The files written.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    renderer, reason = find_renderer(), "no Graphviz found (pip install graphviz-pure)"
+    written = []
+    if renderer:
+        for kind in ("svg", "png"):
+            done = subprocess.run([renderer, "-Kdot", f"-T{kind}"], input=graph.source.encode(), capture_output=True)
+            if done.returncode or not done.stdout:
+                reason = f"{renderer} failed: {done.stderr.decode(errors='replace').strip()[:200]}"
+                break
+            path = stem.with_name(f"{stem.name}.{kind}")
+            path.write_bytes(done.stdout)
+            written.append(path)
+        else:
+            return written
+    source = stem.with_name(f"{stem.name}.gv")
+    source.write_text(graph.source, encoding="utf-8")
+    print(f"note: {source} is not drawn: {reason}")
+    return [*written, source]
+
+
+def draw_genotype(genotype: Genotype, folder: Path, ending: str = "", alphas: Sequence[Any] = ()) -> list[Path]:
+    """Draw both cells of a genotype: FOLDER/normalENDING.svg and .png, FOLDER/reductionENDING.svg and .png.
+
+    Args:
+        genotype: what to draw.
+        folder: made if missing.
+        ending: of the names, such as _epoch_30.
+        alphas: [alpha_normal, alpha_reduce] to write the probabilities of.
+    Returns:
+        The files written.
+    """
+    written = []
+    for index, (kind, nodes, concat) in enumerate(genotype.cells()):
+        probabilities = op_probabilities(alphas[index], genotype.space) if alphas else {}
+        name = "reduction" if kind == "reduce" else kind
+        written += render(cell_graph(kind, nodes, concat, probabilities), folder / f"{name}{ending}")
+    return written
