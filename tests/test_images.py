@@ -1,0 +1,128 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+import images
+from options import UserError
+
+
+def folder_of(root: Path, files: dict[str, Image.Image]) -> images.ImageFolder:
+    for label, (name, image) in enumerate(files.items()):
+        (root / f"c{label}").mkdir(parents=True, exist_ok=True)
+        image.save(root / f"c{label}" / name)
+    return images.scan(root)
+
+
+def decode(folder: images.ImageFolder, size: int | None = None, ram: float = 1.0, cache: Path = Path("/nowhere")) -> torch.Tensor:
+    return images.decode(folder, size, ram, cache)
+
+
+def ramp(top: int, dtype: type = np.uint8) -> np.ndarray:
+    return np.linspace(0, top, 16).reshape(4, 4).astype(dtype)
+
+
+def test_grey_colour_and_transparent_images_become_rgb(tmp_path: Path) -> None:
+    grey = Image.fromarray(ramp(255))
+    clear = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
+    got = decode(folder_of(tmp_path, {"a.png": grey, "b.png": clear, "c.webp": Image.new("RGB", (4, 4), (9, 9, 9))}))
+    assert got.shape == (3, 3, 4, 4) and got.dtype == torch.uint8
+    assert all(torch.equal(got[0, c], torch.from_numpy(ramp(255))) for c in range(3))
+    assert got[1].max() == 0  # what cannot be seen is black
+
+
+def test_all_grey_gives_one_channel(tmp_path: Path) -> None:
+    got = decode(folder_of(tmp_path, {"a.png": Image.fromarray(ramp(255)), "b.jpg": Image.new("L", (4, 4), 7)}))
+    assert got.shape == (2, 1, 4, 4) and (got[1] - 7.0).abs().max() <= 1
+
+
+def test_palette_and_cmyk_images_are_read_as_colours(tmp_path: Path) -> None:
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    got = decode(folder_of(tmp_path, {"a.gif": red.convert("P"), "b.tif": red.convert("CMYK")}))
+    assert (got.float() - torch.tensor([255.0, 0, 0]).view(1, 3, 1, 1)).abs().max() <= 2
+
+
+@pytest.mark.parametrize(("top", "white"), [(65535, 65535), (4095, 4095), (3000, 4095), (200, 255)])
+def test_sixteen_bits_are_scaled_by_the_bits_in_use(tmp_path: Path, top: int, white: int) -> None:
+    first, second = ramp(top, np.uint16), ramp(top // 2, np.uint16)
+    got = decode(folder_of(tmp_path, {"a.png": Image.fromarray(first), "b.tif": Image.fromarray(second)}))
+    wanted = np.stack([first, second]) * (255 / white)
+    assert np.abs(got[:, 0].numpy() - wanted).max() <= 0.51
+
+
+def test_floating_point_images_are_scaled_by_the_largest_value(tmp_path: Path) -> None:
+    pixels = np.linspace(0, 0.5, 16).reshape(4, 4).astype(np.float32)
+    got = decode(folder_of(tmp_path, {"a.tif": Image.fromarray(pixels), "b.tif": Image.fromarray(pixels / 2)}))
+    assert got[0].max() == 255 and got[1].max() in (127, 128)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    image, exif = Image.new("L", (6, 4)), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "1.jpg", exif=exif)
+    folder_of(tmp_path, {"2.png": Image.new("L", (4, 6))})
+    assert decode(images.scan(tmp_path)).shape == (2, 1, 6, 4)
+
+
+def test_rectangular_images_keep_their_size_and_mixed_ones_need_a_size(tmp_path: Path) -> None:
+    files = {"a.png": Image.new("L", (9, 5)), "b.png": Image.new("L", (9, 5))}
+    assert decode(folder_of(tmp_path / "x", files)).shape == (2, 1, 5, 9)
+    folder = folder_of(tmp_path / "y", files | {"c.png": Image.new("L", (4, 4), 9)})
+    with pytest.raises(UserError, match=r"from 4x4 to 9x5; .*--image_size 4"):
+        decode(folder)
+    got = decode(folder, size=3)
+    assert got.shape == (3, 1, 3, 3) and (got[2] == 9).all()
+
+
+def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path / "d")
+    whole = (tmp_path / "d" / "class0" / "0_0.png").read_bytes()
+    (tmp_path / "d" / "class0" / "0_0.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "d" / "class1" / "0_1.png").write_text("not an image")
+    (tmp_path / "d" / "class2" / "0_1.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"of 36 images cannot be read: .*class1/0_1.png.*class2/0_1.png"):
+        decode(images.scan(tmp_path / "d"))
+
+
+def test_scan_names_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        images.scan(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="0 class folders"):
+        images.scan(tmp_path)
+    write_images(tmp_path / "d", classes=1)
+    with pytest.raises(UserError, match="1 class folders"):
+        images.scan(tmp_path / "d")
+    (tmp_path / "d" / "empty").mkdir()
+    with pytest.raises(UserError, match="'empty' holds no images"):
+        images.scan(tmp_path / "d")
+
+
+def test_scan_skips_hidden_folders_and_other_files(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "d", classes=2, per_class=2)
+    (root / ".git").mkdir()
+    (root / "__pycache__").mkdir()
+    (root / "README.md").touch()
+    (root / "class0" / "notes.txt").touch()
+    (root / "class0" / "deep").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "class0" / "deep" / "z.JPG", "JPEG")
+    folder = images.scan(root)
+    assert folder.classes == ["class0", "class1"]
+    assert folder.files == ["class0/0_0.png", "class0/0_1.png", "class0/deep/z.JPG", "class1/0_0.png", "class1/0_1.png"]
+    assert folder.labels == [0, 0, 0, 1, 1]
+
+
+def test_large_folders_are_mapped_and_the_file_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = images.scan(write_images(tmp_path / "d"))
+    in_memory = decode(folder)
+    mapped = decode(folder, ram=1e-9, cache=tmp_path / "cache")
+    assert torch.equal(mapped, in_memory)
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npy"]
+    monkeypatch.setattr(images, "_read_pixels", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(decode(folder, ram=1e-9, cache=tmp_path / "cache"), in_memory)
+    monkeypatch.undo()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(folder.root / folder.files[0])  # a changed image is not served from before
+    assert decode(folder, ram=1e-9, cache=tmp_path / "cache")[0, :, 0, 0].tolist() == [1, 2, 3]

@@ -1,0 +1,109 @@
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+import options
+from options.default_option import TrainOptions
+
+PRESETS = sorted((Path(__file__).parents[1] / "options" / "presets").glob("*.yaml"))
+
+
+def parse(*argv: str) -> TrainOptions:
+    return options.parse(TrainOptions, argv, "main.py", "")
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    opt = parse()
+    assert opt == TrainOptions()
+    assert (opt.init_channels, opt.layers, opt.batch_size, opt.epochs) == (16, 8, 64, 150)
+    assert (opt.learning_rate, opt.learning_rate_min, opt.momentum, opt.weight_decay, opt.grad_clip) == (
+        0.025, 0.001, 0.9, 3e-4, 5,
+    )  # fmt: skip
+    assert (opt.arch_learning_rate, opt.arch_betas, opt.arch_weight_decay) == (3e-4, (0.5, 0.999), 1e-3)
+    assert (opt.temp_schedule, opt.initial_temp, opt.min_temp) == ("linear", 1.0, 0.03)
+
+
+def test_every_option_has_a_help_text() -> None:
+    import contextlib
+    import io
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as exit_info:
+        parse("--help")
+    assert exit_info.value.code == 0
+    for field in fields(TrainOptions):
+        entry = text.getvalue().split(f"\n  --{field.name} ")[1].split("\n  --")[0]
+        assert len(entry.split()) > 6, field.name
+
+
+def test_command_line_wins_over_config_and_numbers_are_plain(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("learning_rate: 3e-2\nepochs: 7\narch_betas: [0.1, 0.2]\n")
+    opt = parse("--config", str(config), "--epochs=9", "--balance", "True")
+    assert (opt.learning_rate, opt.epochs, opt.arch_betas, opt.balance) == (0.03, 9, (0.1, 0.2), True)
+    assert type(opt.epochs) is int and type(opt.learning_rate) is float and type(opt.arch_betas[0]) is float
+
+
+def test_saved_options_are_read_back(tmp_path: Path) -> None:
+    opt = parse("--epochs=9", "--arch_betas=[0.3,0.9]", "--group_pattern", r"^(\d+)_", "--image_size=16")
+    options.save(opt, tmp_path / "options.yaml", "how to use it")
+    assert parse("--config", str(tmp_path / "options.yaml")) == opt
+    assert (tmp_path / "options.yaml").read_text().startswith("# how to use it\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--epoch=3"], "epoch"),  # abbreviations are not guessed
+        (["--epochs=0"], "--epochs"),
+        (["--epochs=three"], "--epochs"),
+        (["--momentum=1.0"], "--momentum"),
+        (["--learning_rate=-1"], "--learning_rate"),
+        (["--space=mars"], "--space"),
+        (["--balance=perhaps"], "--balance"),
+        (["--arch_betas=[0.5]"], "--arch_betas"),
+        (["--layers=2"], "--layers 2"),
+        (["--name=a/b"], "--name"),
+        (["--name=.."], "--name"),
+        (["--min_temp=2"], "--min_temp"),
+        (["--learning_rate_min=2"], "--learning_rate_min"),
+        (["--group_pattern=("], "--group_pattern"),
+        (["--config=/nowhere.yaml"], "no such file"),
+        (["--config"], "config"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse(*argv)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert error.startswith("main.py: error: ") and error.count("\n") == 1 and words in error
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2", "", "nonsense: 3", "epochs: many"])
+def test_bad_config_files_are_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(content)
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--config", str(config))
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.count("\n") == 1
+    assert str(config) in error or "epochs" in error or "nonsense" in error
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_valid_and_say_what_to_expect(path: Path) -> None:
+    parse(f"--config={path}")
+    head = path.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    for word in ("python main.py", "Hardware", "Time", "Accuracy"):
+        assert word in head
+
+
+def test_the_paper_preset_states_the_defaults() -> None:
+    path = next(p for p in PRESETS if p.stem == "paper")
+    assert parse(f"--config={path}") == TrainOptions(name="paper", cutout=parse(f"--config={path}").cutout)
+    assert {"epochs", "learning_rate", "arch_learning_rate", "initial_temp"} <= yaml.safe_load(path.read_text()).keys()

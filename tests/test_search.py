@@ -1,0 +1,253 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import engine
+import genotypes
+import main
+import search
+import utils
+from options import UserError
+from options.default_option import TrainOptions
+from sampling import Z
+
+CLOCK = {"images_per_second", "epoch_seconds"}
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what a clock says."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in utils.read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_search_leaves_all_its_artefacts(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = main.main(arguments)
+    names = {path.name for path in found.folder.iterdir()}
+    assert {"options.yaml", "split.json", "metrics.jsonl", "weights_epoch_2.pt", "genotype.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [p.name for p in found.pictures][1::2] == ["normal_epoch_2.png", "reduction_epoch_2.png"]
+    assert genotypes.Genotype.from_json((found.folder / "genotype.json").read_text()) == found.genotype
+    logged = utils.read_metrics(found.folder / "metrics.jsonl")
+    assert [row["epoch"] for row in logged] == [1, 2] and logged[-1] == found.metrics
+    wanted = {
+        "epoch", "temperature", "train_loss", "train_acc", "valid_loss", "valid_acc", "child_valid_acc",
+        "valid_balanced_acc", "entropy_normal", "entropy_reduce", "images_per_second", "epoch_seconds",
+    }  # fmt: skip
+    assert wanted <= logged[0].keys()
+    assert logged[-1]["temperature"] == pytest.approx(0.03)
+    assert logged[0]["learning_rate"] == pytest.approx(0.025)
+    assert logged[1]["learning_rate"] == pytest.approx((0.025 + 0.001) / 2)  # half a cosine
+    printed = capsys.readouterr().out
+    assert "device   cpu" in printed and "3 classes" in printed and "parameters" in printed and "about" in printed
+    assert printed.index("Mflops") < printed.index("epoch   1")
+
+
+def test_tensorboard_has_the_rows_of_the_metrics(arguments: list[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = main.main(arguments)
+    events = EventAccumulator(str(found.folder))
+    events.Reload()
+    for name in ("train_loss", "child_valid_acc", "entropy_normal"):
+        logged = [row[name] for row in utils.read_metrics(found.folder / "metrics.jsonl")]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(logged)
+        assert [event.step for event in events.Scalars(name)] == [1, 2]
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(arguments: list[str]) -> None:
+    runs = [rows(main.main([*arguments, f"--name={n}", f"--seed={s}"]).folder) for n, s in (("a", 0), ("b", 0), ("c", 1))]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize("extra", [[], ["--drop_path_prob=0.3", "--resample_cell=True", "--balance=True", "--cutout=True"]])
+def test_an_interrupted_run_resumes_bit_for_bit(
+    arguments: list[str], extra: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*arguments, "--epochs=4", *extra]
+    whole = main.main([*arguments, "--name=whole"])
+    fit, steps = search.search_step, 0
+
+    def dying(*args: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 8:  # within the third epoch, of 3 steps each
+            raise KeyboardInterrupt
+        return fit(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search, "search_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        main.main([*arguments, "--name=cut"])
+    monkeypatch.undo()
+    cut = whole.folder.with_name("cut")
+    assert len(rows(cut)) == 2
+    with (cut / "metrics.jsonl").open("a") as file:  # a row whose checkpoint was never written, and half a row
+        file.write(json.dumps({"epoch": 4, "train_loss": 0}) + "\n")
+    resumed = main.main([*arguments, "--name=cut", "--resume=True"])
+    assert rows(cut) == rows(whole.folder)
+    first, second = (checkpoint.load(f.folder / "weights_epoch_4.pt")["parts"] for f in (whole, resumed))
+    for name, value in first["network"].items():
+        assert torch.equal(value, second["network"][name]), name
+    assert first["alpha_optimizer"]["state"][0]["step"] == second["alpha_optimizer"]["state"][0]["step"]
+
+
+def test_resuming_a_finished_run_changes_nothing(arguments: list[str]) -> None:
+    found = main.main(arguments)
+    before = (found.folder / "metrics.jsonl").read_text()
+    again = main.main([*arguments, "--resume=True"])
+    assert (found.folder / "metrics.jsonl").read_text() == before
+    assert again.genotype == found.genotype and again.metrics == found.metrics
+
+
+def test_an_existing_experiment_is_refused_and_untouched(arguments: list[str]) -> None:
+    found = main.main(arguments)
+    before = {path: path.stat().st_mtime_ns for path in found.folder.iterdir()}
+    with pytest.raises(UserError, match="--name, or --resume True"):
+        main.main(arguments)
+    with pytest.raises(UserError, match="--learning_rate is 0.5 but .* --config"):
+        main.main([*arguments, "--resume=True", "--learning_rate=0.5"])
+    assert {path: path.stat().st_mtime_ns for path in found.folder.iterdir()} == before
+
+
+def test_a_start_that_never_reached_a_checkpoint_may_be_repeated(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "search_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main.main(arguments)
+    monkeypatch.undo()
+    assert main.main(arguments).metrics["epoch"] == 2
+
+
+def test_checkpoints_are_kept_every_save_freq_and_the_last_always(arguments: list[str]) -> None:
+    found = main.main([*arguments, "--epochs=5", "--save_freq=2"])
+    assert checkpoint.epochs(found.folder, "weights") == [2, 4, 5]
+
+
+def test_bad_data_leaves_no_folder(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        main.main([*arguments, "--dataset=/nowhere"])
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint(arguments: list[str]) -> None:
+    class Broken(search.CrossEntropy):
+        calls = 0
+
+        def forward(self, logits: torch.Tensor, targets: torch.Tensor, z: Z) -> tuple[torch.Tensor, search.Terms]:
+            loss, terms = super().forward(logits, targets, z)
+            Broken.calls += 1
+            after = 3 + 3  # the estimate of the duration, the first epoch
+            return (loss * float("nan") if Broken.calls > after else loss), terms
+
+    import options
+
+    opt = options.parse(TrainOptions, arguments, "main.py", "")
+    with pytest.raises(UserError, match="weights_epoch_1.pt") as error:
+        search.run_search(opt, lambda *_: Broken())
+    assert "epoch 2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_step_moves_theta_and_alpha_by_sgd_and_adam_with_clipped_gradients(arguments: list[str]) -> None:
+    """The SNAS step against the same step written out."""
+    import copy
+
+    import options
+
+    opt = options.parse(TrainOptions, [*arguments, "--grad_clip=0.1", "--arch_grad_clip=0.001"], "main.py", "")
+    run = engine.open_run(opt, "weights")
+    learner = search.build(opt, run.data.info, lambda *_: search.CrossEntropy())
+    before = copy.deepcopy(learner.network)
+    images, targets = next(run.data.train_batches(8, 1, run.device))
+    seed = torch.Generator().manual_seed(1)
+    search.search_step(learner, images, targets, learner.network.sample(0.7, seed), opt, engine.autocast(run))
+
+    loss = nn.functional.cross_entropy(before(images, before.sample(0.7, torch.Generator().manual_seed(1))), targets)
+    for parameters, trained, limit in (
+        (before.thetas(), learner.network.thetas(), 0.1),
+        (before.alphas(), learner.network.alphas(), 0.001),
+    ):
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+        norm = torch.sqrt(sum((g**2).sum() for g in grads))
+        assert norm > limit  # so that clipping is seen
+        for p, g, after in zip(parameters, grads, trained, strict=True):
+            g = g * (limit / (norm + 1e-6))
+            if limit == 0.1:
+                wanted = p - 0.025 * (g + 3e-4 * p)  # the first step of SGD with momentum
+            else:
+                g = g + 1e-3 * p
+                wanted = p - 0.01 * g / (g.abs() + 1e-8)  # the first step of Adam
+            assert torch.allclose(after, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_does_not_disturb_training(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = main.main([*arguments, "--name=with"])
+    nothing = {f"{p}_{f}": 0.0 for p in ("valid", "child_valid") for f in ("loss", "acc", "balanced_acc")}
+    empty = {**nothing, "entropy_normal": 0.0, "entropy_reduce": 0.0}
+    monkeypatch.setattr(search, "_evaluate_epoch", lambda *_: dict(empty))
+    without = main.main([*arguments, "--name=without"])
+    first, second = (checkpoint.load(f.folder / "weights_epoch_2.pt")["parts"]["network"] for f in (whole, without))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_child_accuracy_is_that_of_the_child_network_with_the_supernets_weights(arguments: list[str]) -> None:
+    import options
+    from model import ChildNetwork
+
+    found = main.main(arguments)
+    content = checkpoint.load(found.folder / "weights_epoch_2.pt")
+    opt = options.parse(TrainOptions, arguments, "main.py", "")
+    run = engine.Run(opt, "weights", found.folder, torch.device("cpu"), __import__("data").Data(opt, content["split"]))
+    network = search.make_network(opt, run.data.info)
+    network.load_state_dict(content["parts"]["network"])
+    child = ChildNetwork(found.genotype, 4, 3, 3, affine=False)
+    child.load_state_dict(network.child_state_dict(found.genotype))
+    batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 2, run.device)
+    with engine.calibrated(child, child, batches):
+        figures = engine.evaluate(run, lambda images: child(images)[0], "valid")
+    assert figures.acc == pytest.approx(found.metrics["child_valid_acc"])
+    assert figures.loss == pytest.approx(found.metrics["child_valid_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--space=nasnet"], ["--space=amoebanet"], ["--temp_schedule=exponential", "--anneal_rate=0.5"], ["--precision=bf16"],
+        ["--image_size=7"], ["--max_ram_gb=1e-9"], ["--nodes=2", "--layers=4"],
+    ],
+    ids=lambda extra: extra[0],
+)  # fmt: skip
+def test_options_reach_the_run(arguments: list[str], extra: list[str], tmp_path: Path) -> None:
+    found = main.main([*arguments, *extra, f"--cache_dir={tmp_path}/cache"])
+    assert all(torch.isfinite(torch.tensor(float(v))) for v in found.metrics.values())
+    if "exponential" in extra[0]:
+        steps = 2 * (14 // 4)
+        assert found.metrics["temperature"] == pytest.approx(max(0.03, 2.718281828 ** (-0.5 * (steps - 1))))
+    if extra[0].startswith("--space"):
+        assert found.genotype.space == extra[0].split("=")[1]
+
+
+def test_a_search_learns(tiny: Path, arguments: list[str]) -> None:
+    found = main.main([*arguments, "--epochs=12", "--learning_rate=0.1", "--init_channels=8", "--arch_learning_rate=0.3"])
+    logged = rows(found.folder)
+    assert min(row["train_loss"] for row in logged) < 0.6 * logged[0]["train_loss"]
+    assert found.metrics["entropy_normal"] < 0.7 * 2 * 2.0794  # 2 edges, ln 8
+    assert found.metrics["child_valid_acc"] > 80
+
+
+def test_alpha_moves_towards_the_operation_that_lowers_the_loss() -> None:
+    """On a task that only the identity solves, its probability grows on the single edge that matters."""
+    torch.manual_seed(0)
+    alpha = nn.Parameter(torch.zeros(1, 3))
+    optimizer = torch.optim.Adam([alpha], 0.05)
+    x = torch.randn(64)
+    import sampling
+
+    for step in range(300):
+        z = sampling.concrete_sample(alpha, 0.5, torch.Generator().manual_seed(step))[0]
+        loss = (z[0] * 0 + z[1] * x + z[2] * (-x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert alpha.softmax(-1)[0, 1] > 0.9
