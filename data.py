@@ -183,6 +183,7 @@ def _divide_groups(
                 best, best_gap = taken, gap
     return np.delete(indices, best), indices[best]
 
+
 class Data:
     """A data set with its splits on a device's doorstep: info, and batches of any split.
 
@@ -200,7 +201,9 @@ class Data:
         lost = [name for names in self.split.values() for name in names if name not in index]
         if lost:
             raise UserError(f"--dataset {opt.dataset}: {len(lost)} images of the run's split are gone, e.g. {lost[0]}")
-        self.indices = {name: torch.tensor([index[n] for n in names], dtype=torch.int64) for name, names in self.split.items()}
+        self.indices = {
+            name: torch.tensor([index[n] for n in names], dtype=torch.int64) for name, names in self.split.items()
+        }
         self.pixels, self.labels = pool.pixels, pool.labels
         mean, std = _measure(pool.pixels, self.indices["train"])
         counts = {

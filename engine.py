@@ -133,7 +133,9 @@ def announce(run: Run, network: nn.Module, architecture: Any, seconds: float) ->
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     print(f"device   {run.device}{threads}, {opt.precision}{', compiled' if opt.compile else ''}")
     print(f"data     {opt.dataset}: {width}x{height}, {info.channels} channels; {len(info.classes)} classes; {sizes}")
-    print(f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}")
+    print(
+        f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"
+    )
     print(f"network  {cost.count_params(network):,} parameters, {flops / 1e6:,.1f} Mflops (multiply-adds) an image")
     print(
         f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {run.data.steps(opt.batch_size)} steps each, "

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     run = _train_options(content["options"])
     state = content["parts"]["network"]
     alphas = [state["alpha_normal"], state["alpha_reduce"]]
-    genotype = genotypes.derive(*alphas, space=run.space, rule=opt.rule)
+    genotype = genotypes.derive(alphas[0], alphas[1], run.space, opt.rule)
     params, flops = _child_cost(genotype, run, content["data"])
     _report(content, run, alphas, genotype, params, flops)
     files: list[Path] = []

@@ -79,7 +79,9 @@ def _imagenet_stems(in_channels: int, channels: int) -> tuple[nn.Sequential, nn.
         return nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False)
 
     half = channels // 2
-    first = nn.Sequential(conv(in_channels, half), Norm(half), nn.ReLU(inplace=True), conv(half, channels), Norm(channels))
+    first = nn.Sequential(
+        conv(in_channels, half), Norm(half), nn.ReLU(inplace=True), conv(half, channels), Norm(channels)
+    )
     return first, nn.Sequential(nn.ReLU(), conv(channels, channels), Norm(channels))
 
 

@@ -4,14 +4,14 @@ forward(images, Z) is a deterministic function of both. With a one-hot Z it is t
 architecture with the supernet's weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sampling
-from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, edge_list, num_edges
+from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
 from operations import FIRST, Conv, FactorizedReduce, Norm, Operation, drop_path, make_op
 from sampling import Z
 
@@ -35,10 +35,13 @@ class State:
 class MixedOp(nn.Module):
     """An edge: sum_k Z_k O_k(x), x the source state."""
 
+    ops: Mapping[str, Operation]
+
     def __init__(self, space: Sequence[str], channels: int, stride: int) -> None:
         super().__init__()
-        self.names = [name for name in space]
-        self.ops = nn.ModuleDict({name: make_op(name, channels, stride, affine=False) for name in space if name != NONE})
+        self.names = tuple(space)
+        ops = {name: make_op(name, channels, stride, affine=False) for name in space if name != NONE}
+        self.ops = nn.ModuleDict(ops)  # type: ignore[assignment]
 
     def forward(self, state: State, weights: Sequence[Tensor], active: Sequence[bool]) -> Tensor | None:
         """Z-weighted sum of the active operations, or None where there is none."""
@@ -46,28 +49,33 @@ class MixedOp(nn.Module):
         for name, weight, on in zip(self.names, weights, active, strict=True):
             if on and name != NONE:
                 op = self.ops[name]
-                y = op.rest(state.stage(op), weight)
-                total = y if total is None else total.add_(y)
+                total = _add(total, op.rest(state.stage(op), weight))
         return total
+
+
+def _add(total: Tensor | None, y: Tensor) -> Tensor:
+    """total + y, in place: nothing else holds the sum of an edge or a node while it grows."""
+    return y if total is None else total.add_(y)
 
 
 class Cell(nn.Module):
     """Two prepared inputs, N nodes that sum their edges, and the concatenation of the nodes."""
 
+    edges: Sequence[MixedOp]
+
     def __init__(self, plan: CellPlan, space: Sequence[str], nodes: int) -> None:
         super().__init__()
         self.plan = plan
         before, last = plan.inputs
-        self.prepare0 = (
+        self.prepare0: Operation = (
             FactorizedReduce(before, plan.channels, affine=False)
             if plan.after_reduction
             else Conv(before, plan.channels, 1, 1, affine=False)
         )
         self.prepare1 = Conv(last, plan.channels, 1, 1, affine=False)
-        self.sources = edge_list(nodes)
         self.nodes = nodes
-        self.edges = nn.ModuleList(
-            MixedOp(space, plan.channels, 2 if plan.reduction and source < 2 else 1) for _, source in self.sources
+        self.edges = nn.ModuleList(  # type: ignore[assignment]
+            MixedOp(space, plan.channels, 2 if plan.reduction and source < 2 else 1) for _, source in edge_list(nodes)
         )
 
     def forward(
@@ -75,16 +83,14 @@ class Cell(nn.Module):
     ) -> Tensor:
         """c_{k-2}, c_{k-1} and Z (E, O) -> (B, N * C, H', W')."""
         states = [State(self.prepare0(before)), State(self.prepare1(last))]
-        rows = [row.unbind() for row in z.unbind()]
-        totals: list[Tensor | None] = [None] * self.nodes
-        for (node, source), edge, weights, on in zip(self.sources, self.edges, rows, active, strict=True):
-            y = edge(states[source], weights, on)
-            if y is not None:
-                y = drop_path(y, drop) if self.training else y
-                totals[node] = y if totals[node] is None else totals[node].add_(y)
-            if source == node + 1:  # the node's last edge
-                total = totals[node]
-                states.append(State(self._zeros(states[1].x) if total is None else total))
+        edges = zip(self.edges, z.unbind(), active, strict=True)
+        for _ in range(self.nodes):
+            total: Tensor | None = None
+            for state, (edge, row, on) in zip(states, edges, strict=False):  # one edge from every earlier state
+                y = edge(state, row.unbind(), on)
+                if y is not None:
+                    total = _add(total, drop_path(y, drop) if self.training else y)
+            states.append(State(self._zeros(states[1].x) if total is None else total))
         return torch.cat([state.x for state in states[2:]], 1)
 
     def _zeros(self, x: Tensor) -> Tensor:
@@ -106,6 +112,8 @@ class Network(nn.Module):
         drop_path_prob: probability that a sample skips an edge, in training.
     """
 
+    cells: Sequence[Cell]
+
     def __init__(
         self,
         init_channels: int,
@@ -121,7 +129,7 @@ class Network(nn.Module):
         stem_channels = 3 * init_channels
         self.stem = nn.Sequential(nn.Conv2d(in_channels, stem_channels, 3, padding=1, bias=False), Norm(stem_channels))
         plans = cell_plan(init_channels, layers, stem_channels, (nodes, nodes))
-        self.cells = nn.ModuleList(Cell(plan, SPACES[space], nodes) for plan in plans)
+        self.cells = nn.ModuleList(Cell(plan, SPACES[space], nodes) for plan in plans)  # type: ignore[assignment]
         reductions = sum(plan.reduction for plan in plans)
         self.cells_of_kind = (layers - reductions, reductions)
         self.classifier = nn.Linear(plans[-1].output, num_classes)
@@ -158,6 +166,10 @@ class Network(nn.Module):
         """All parameters but alpha."""
         return [p for name, p in self.named_parameters() if not name.startswith("alpha_")]
 
+    def genotype(self) -> Genotype:
+        """The child that alpha stands for now: the argmax of every edge, none included."""
+        return derive(self.alpha_normal, self.alpha_reduce, self.space)
+
     def sample(self, temperature: float, generator: torch.Generator | None = None, per_cell: bool = False) -> Z:
         """Z ~ Concrete(alpha, temperature), differentiable in alpha; see sampling.concrete_sample.
 
@@ -167,7 +179,9 @@ class Network(nn.Module):
             per_cell: draw an independent Z for every cell.
         """
         counts = self.cells_of_kind if per_cell else (None, None)
-        draws = [sampling.concrete_sample(a, temperature, generator, n) for a, n in zip(self.alphas(), counts, strict=True)]
+        draws = [
+            sampling.concrete_sample(a, temperature, generator, n) for a, n in zip(self.alphas(), counts, strict=True)
+        ]
         return Z(*draws)
 
     def one_hot(self, genotype: Genotype) -> Z:
@@ -199,7 +213,7 @@ class Network(nn.Module):
         edges = edge_list(self.nodes)
         for index, cell in enumerate(self.cells):
             nodes = genotype.reduce if cell.plan.reduction else genotype.normal
-            modules = {"prepare0": cell.prepare0, "prepare1": cell.prepare1}
+            modules: dict[str, nn.Module] = {"prepare0": cell.prepare0, "prepare1": cell.prepare1}
             pairs = [(node, op, source) for node, pairs in enumerate(nodes) for op, source in pairs]
             for number, (node, op, source) in enumerate(pairs):
                 modules[f"ops.{number}"] = cell.edges[edges.index((node, source))].ops[op]

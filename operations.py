@@ -28,14 +28,12 @@ class Norm(nn.BatchNorm2d):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if scale is None:
             return super().forward(x)
-        assert not self.affine and self.momentum is not None, "only the supernet scales"
+        assert not self.affine and self.momentum is not None and self.num_batches_tracked is not None
         if self.training:
             self.num_batches_tracked.add_(1)
         # repeat, not expand: batch norm's backward reads past a stride-0 weight (torch 2.14, CPU)
         gamma = scale.reshape(1).repeat(self.num_features)  # (C,)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, gamma, None, self.training, self.momentum, self.eps
-        )
+        return F.batch_norm(x, self.running_mean, self.running_var, gamma, None, self.training, self.momentum, self.eps)
 
 
 def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
@@ -69,6 +67,7 @@ class Operation(nn.Module):
         return self.rest(FIRST[self.first](x, self.stride))
 
     def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        """What follows the first stage: y = first(x), the output multiplied by the scalar `scale` if given."""
         raise AssertionError("each operation has its own")
 
 

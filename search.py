@@ -5,7 +5,7 @@ Xie et al. 2019 (arXiv 1812.09926): minimise E_{Z ~ p_alpha}[L_theta(Z)] over th
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +135,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
         for cell in learner.network.cells:
             cell.compile()
     row = engine.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
-    genotype = genotypes.derive(*learner.network.alphas(), space=opt.space)
+    genotype = learner.network.genotype()
     utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
     pictures = visualize.draw_genotype(
         genotype, Path(opt.visualizations_dir) / opt.name, f"_epoch_{run.epoch}", learner.network.alphas()
@@ -182,7 +182,7 @@ def _evaluate_epoch(run: engine.Run, learner: Learner, epoch: int, heat: float) 
     """A fresh Z and the argmax child on the validation split, each with its own batch-norm statistics."""
     opt: TrainOptions = run.opt  # type: ignore[assignment]
     network = learner.network
-    child = network.one_hot(genotypes.derive(*network.alphas(), space=opt.space))
+    child = network.one_hot(network.genotype())
     fresh = network.sample(heat, utils.generator(run.device, opt.seed, "valid", epoch), opt.resample_cell)
     row: dict[str, Any] = {}
     for prefix, z in (("valid", fresh), ("child_valid", child)):

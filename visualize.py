@@ -25,7 +25,9 @@ _FAMILIES = (
 _TITLES = {"normal": "normal cell", "reduce": "reduction cell"}
 
 
-def cell_graph(kind: str, nodes: Sequence[Node], concat: Sequence[int], probabilities: Probabilities) -> graphviz.Digraph:
+def cell_graph(
+    kind: str, nodes: Sequence[Node], concat: Sequence[int], probabilities: Probabilities
+) -> graphviz.Digraph:
     """The graph of one cell.
 
     Args:

@@ -1,6 +1,6 @@
 """Recreate the bundled images: the first 200 of each class of Fashion-MNIST's training set, as PNG.
 
-    python dataset/make_slice.py --data_dir data --download True
+python dataset/make_slice.py --data_dir data --download True
 """
 
 import argparse

@@ -116,7 +116,7 @@ class TrainOptions(RunOptions):
     """Largest norm of alpha's gradient."""
 
     temp_schedule: Literal["linear", "exponential"] = "linear"
-    """linear: from initial_temp to min_temp, an epoch at a time. exponential: initial_temp * exp(-anneal_rate * step)."""
+    """linear: initial_temp to min_temp, an epoch at a time; exponential: initial_temp * exp(-anneal_rate * step)."""
     initial_temp: PositiveFloat = 1.0
     """Temperature of the softmax at the start."""
     min_temp: PositiveFloat = 0.03
@@ -135,4 +135,6 @@ class TrainOptions(RunOptions):
         if self.min_temp > self.initial_temp:
             raise UserError(f"--min_temp {self.min_temp} is above --initial_temp {self.initial_temp}")
         if self.learning_rate_min > self.learning_rate:
-            raise UserError(f"--learning_rate_min {self.learning_rate_min} is above --learning_rate {self.learning_rate}")
+            raise UserError(
+                f"--learning_rate_min {self.learning_rate_min} is above --learning_rate {self.learning_rate}"
+            )

@@ -23,7 +23,9 @@ def chips() -> Path:
     return CHIPS
 
 
-def write_images(root: Path, classes: int = 3, per_class: int = 12, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:
+def write_images(
+    root: Path, classes: int = 3, per_class: int = 12, size: tuple[int, int] = (8, 8), mode: str = "RGB"
+) -> Path:
     """A folder of classes that differ in brightness, with noise, file names GROUP_NUMBER.png (4 a group)."""
     rng = np.random.default_rng(0)
     for label in range(classes):

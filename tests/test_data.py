@@ -69,7 +69,7 @@ def test_a_class_too_small_to_split_is_an_error(tmp_path: Path) -> None:
 
 def test_a_lost_image_of_a_stored_split_is_named(tiny: Path) -> None:
     split = Data(options(tiny)).split
-    with pytest.raises(UserError, match="gone, e.g. class9/x.png"):
+    with pytest.raises(UserError, match=r"gone, e.g. class9/x.png"):
         Data(options(tiny), {**split, "test": ["class9/x.png"]})
 
 
@@ -95,7 +95,9 @@ def test_mean_and_std_are_those_of_the_training_split(tiny: Path) -> None:
     assert made.info.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
     assert made.info.std == pytest.approx(pixels.std((0, 2, 3), unbiased=False).tolist())
     plain = torch.cat([images for images, _ in made.plain_train_batches(5, 99, 0, torch.device("cpu"))])
-    assert plain.mean().abs() < 1e-5 and plain.std((0, 2, 3), unbiased=False).tolist() == pytest.approx([1] * 3, rel=1e-5)
+    assert plain.mean().abs() < 1e-5 and plain.std((0, 2, 3), unbiased=False).tolist() == pytest.approx(
+        [1] * 3, rel=1e-5
+    )
 
 
 def test_balance_draws_classes_equally_in_training_and_leaves_validation_alone(tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ def test_calibration_averages_batch_statistics_and_leaves_no_trace() -> None:
 def test_calibration_restores_after_an_error() -> None:
     module = Norm(3).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt), engine.calibrated(module, module, [(torch.randn(2, 3, 2, 2), torch.zeros(2))]):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        engine.calibrated(module, module, [(torch.randn(2, 3, 2, 2), torch.zeros(2))]),
+    ):
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()) and module.training
 

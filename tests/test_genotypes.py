@@ -90,5 +90,3 @@ def test_malformed_genotypes_are_named_by_node_and_edge(change: dict[str, object
         Genotype.from_json("{")
     with pytest.raises(ValueError, match="entries"):
         Genotype.from_json("[]")
-
-

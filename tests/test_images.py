@@ -17,7 +17,9 @@ def folder_of(root: Path, files: dict[str, Image.Image]) -> images.ImageFolder:
     return images.scan(root)
 
 
-def decode(folder: images.ImageFolder, size: int | None = None, ram: float = 1.0, cache: Path = Path("/nowhere")) -> torch.Tensor:
+def decode(
+    folder: images.ImageFolder, size: int | None = None, ram: float = 1.0, cache: Path = Path("/nowhere")
+) -> torch.Tensor:
     return images.decode(folder, size, ram, cache)
 
 

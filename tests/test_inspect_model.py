@@ -25,7 +25,15 @@ def test_it_works_from_the_checkpoint_alone(
     assert seen.genotype == found.genotype and seen.metrics == found.metrics and seen.epoch == 2
     assert [p.name for p in seen.files][1::2] == ["normal_epoch_2.png", "reduction_epoch_2.png"]
     printed = capsys.readouterr().out
-    for words in ("epoch 2 of 2", "loss", "accuracy", "temperature 0.03", "entropy", "node 0", f"{seen.params:,} parameters"):
+    for words in (
+        "epoch 2 of 2",
+        "loss",
+        "accuracy",
+        "temperature 0.03",
+        "entropy",
+        "node 0",
+        f"{seen.params:,} parameters",
+    ):
         assert words in printed
     again = inspect_model.main([*places, "--experiment=run", "--visualize=False"])
     assert again.genotype == seen.genotype and again.files == []  # nothing is drawn at random

@@ -55,7 +55,7 @@ def test_child_equals_the_supernet_at_one_hot_z(
     childs.square().sum().backward()
     # the gradients of a supernet, read as a child's
     parameters = dict(supernet.named_parameters())
-    for name, p in parameters.items():
+    for p in parameters.values():
         p.data = torch.zeros_like(p) if p.grad is None else p.grad
     wanted = supernet.child_state_dict(genotype)
     for name, p in child.named_parameters():
@@ -101,7 +101,12 @@ def test_imagenet_stem_starts_at_an_eighth_and_an_unknown_one_is_refused() -> No
 def test_drop_path_spares_the_identity() -> None:
     torch.manual_seed(0)
     skips = GENOTYPES["SNAS_mild"].from_dict(
-        {"normal": [[["skip_connect", 1]]], "normal_concat": [2], "reduce": [[["skip_connect", 0]]], "reduce_concat": [2]}
+        {
+            "normal": [[["skip_connect", 1]]],
+            "normal_concat": [2],
+            "reduce": [[["skip_connect", 0]]],
+            "reduce_concat": [2],
+        }
     )
     child = ChildNetwork(skips, 4, 3, 3, drop_path_prob=0.9)
     x = torch.randn(8, 12, 6, 6)

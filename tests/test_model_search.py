@@ -1,7 +1,7 @@
 import pytest
 import torch
-from torch import nn
 from textbook import Textbook
+from torch import nn
 
 import cost
 from genotypes import SPACES, Genotype, derive, edge_list

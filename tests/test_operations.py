@@ -75,7 +75,7 @@ def test_average_pooling_does_not_count_the_padding() -> None:
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     y = drop_path(torch.ones(4000, 2, 1, 2), 0.25).flatten(1)
-    values = set(round(v, 5) for v in y.unique().tolist())
+    values = {round(v, 5) for v in y.unique().tolist()}
     assert values == {0.0, round(1 / 0.75, 5)}
     assert torch.equal(y.amin(1), y.amax(1))  # a sample is dropped as a whole
     assert y.mean().item() == pytest.approx(1, abs=0.04)

@@ -23,7 +23,9 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in utils.read_metrics(folder / "metrics.jsonl")]
 
 
-def test_a_search_leaves_all_its_artefacts(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_leaves_all_its_artefacts(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = main.main(arguments)
     names = {path.name for path in found.folder.iterdir()}
     assert {"options.yaml", "split.json", "metrics.jsonl", "weights_epoch_2.pt", "genotype.json"} <= names
@@ -58,12 +60,16 @@ def test_tensorboard_has_the_rows_of_the_metrics(arguments: list[str]) -> None:
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_does_not(arguments: list[str]) -> None:
-    runs = [rows(main.main([*arguments, f"--name={n}", f"--seed={s}"]).folder) for n, s in (("a", 0), ("b", 0), ("c", 1))]
+    runs = [
+        rows(main.main([*arguments, f"--name={n}", f"--seed={s}"]).folder) for n, s in (("a", 0), ("b", 0), ("c", 1))
+    ]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
 
-@pytest.mark.parametrize("extra", [[], ["--drop_path_prob=0.3", "--resample_cell=True", "--balance=True", "--cutout=True"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--drop_path_prob=0.3", "--resample_cell=True", "--balance=True", "--cutout=True"]]
+)
 def test_an_interrupted_run_resumes_bit_for_bit(
     arguments: list[str], extra: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,12 +113,14 @@ def test_an_existing_experiment_is_refused_and_untouched(arguments: list[str]) -
     before = {path: path.stat().st_mtime_ns for path in found.folder.iterdir()}
     with pytest.raises(UserError, match="--name, or --resume True"):
         main.main(arguments)
-    with pytest.raises(UserError, match="--learning_rate is 0.5 but .* --config"):
+    with pytest.raises(UserError, match=r"--learning_rate is 0.5 but .* --config"):
         main.main([*arguments, "--resume=True", "--learning_rate=0.5"])
     assert {path: path.stat().st_mtime_ns for path in found.folder.iterdir()} == before
 
 
-def test_a_start_that_never_reached_a_checkpoint_may_be_repeated(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_never_reached_a_checkpoint_may_be_repeated(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(search, "search_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main.main(arguments)
@@ -144,7 +152,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint(ar
     import options
 
     opt = options.parse(TrainOptions, arguments, "main.py", "")
-    with pytest.raises(UserError, match="weights_epoch_1.pt") as error:
+    with pytest.raises(UserError, match=r"weights_epoch_1.pt") as error:
         search.run_search(opt, lambda *_: Broken())
     assert "epoch 2" in str(error.value) and "\n" not in str(error.value)
 
@@ -229,7 +237,9 @@ def test_options_reach_the_run(arguments: list[str], extra: list[str], tmp_path:
 
 
 def test_a_search_learns(tiny: Path, arguments: list[str]) -> None:
-    found = main.main([*arguments, "--epochs=12", "--learning_rate=0.1", "--init_channels=8", "--arch_learning_rate=0.3"])
+    found = main.main(
+        [*arguments, "--epochs=12", "--learning_rate=0.1", "--init_channels=8", "--arch_learning_rate=0.3"]
+    )
     logged = rows(found.folder)
     assert min(row["train_loss"] for row in logged) < 0.6 * logged[0]["train_loss"]
     assert found.metrics["entropy_normal"] < 0.7 * 2 * 2.0794  # 2 edges, ln 8
