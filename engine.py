@@ -28,6 +28,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 # Options that may change when a run is resumed: they do not touch what is computed.
 FREE = {"resume", "save_freq", "report_freq", "experiments_dir", "visualizations_dir", "download", "data_dir"} | {
     "dataset",  # the same images may have moved: the split's names are checked
+    "device",
     "max_ram_gb",
     "cache_dir",
 }

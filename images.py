@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -66,7 +66,7 @@ def scan(root: Path) -> ImageFolder:
 
 class _Header(NamedTuple):
     size: tuple[int, int]  # H, W as shown
-    grey: bool
+    mode: str
     top: float  # largest value of an image with more than 8 bits, else 0
 
 
@@ -92,9 +92,10 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
             f"{large[1]}x{large[0]}; give one side with --image_size, e.g. --image_size {min(small)}"
         )
     height, width = (image_size, image_size) if image_size else next(iter(sizes))
-    channels = 1 if all(header.grey for header in headers) else 3
-    top = max(header.top for header in headers)
-    white = top if top != int(top) else float(max(255, 2 ** int(top).bit_length() - 1))
+    channels = 1 if all(header.mode in _GREY for header in headers) else 3
+    floats = max((header.top for header in headers if header.mode == "F"), default=0.0)
+    integers = max((header.top for header in headers if header.mode != "F"), default=0.0)
+    white = {"F": floats or 1.0, "I": max(255.0, 2.0 ** int(integers).bit_length() - 1)}
     shape = (len(folder.files), channels, height, width)
 
     def read(path: Path) -> np.ndarray[Any, Any]:
@@ -173,15 +174,16 @@ def _read_header(path: Path) -> _Header:
         if image.getexif().get(_ORIENTATION, 1) >= 5:  # turned by 90 degrees
             width, height = height, width
         top = float(np.asarray(image).max()) if image.mode in _WIDE else 0.0
-        return _Header((height, width), image.mode in _GREY, top)
+        return _Header((height, width), image.mode, top)
 
 
-def _read_pixels(path: Path, channels: int, size: tuple[int, int], white: float) -> np.ndarray[Any, Any]:
+def _read_pixels(path: Path, channels: int, size: tuple[int, int], white: Mapping[str, float]) -> np.ndarray[Any, Any]:
     """One image as uint8 (C, H, W)."""
     with Image.open(path) as opened:
         image: Image.Image = ImageOps.exif_transpose(opened)
         if image.mode in _WIDE:
-            image = Image.fromarray(np.clip(np.asarray(image, np.float64) * (255 / white), 0, 255).round().astype("u1"))
+            scale = 255 / white["F" if image.mode == "F" else "I"]
+            image = Image.fromarray(np.clip(np.asarray(image, np.float64) * scale, 0, 255).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)

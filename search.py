@@ -93,10 +93,9 @@ def search_step(
     learner.theta_optimizer.zero_grad()
     learner.alpha_optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(network.thetas(), opt.grad_clip)
-    nn.utils.clip_grad_norm_(network.alphas(), opt.arch_grad_clip)
-    learner.theta_optimizer.step()
-    learner.alpha_optimizer.step()
+    for optimizer, limit in ((learner.theta_optimizer, opt.grad_clip), (learner.alpha_optimizer, opt.arch_grad_clip)):
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
+        optimizer.step()
     return logits, loss, terms
 
 

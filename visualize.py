@@ -9,7 +9,7 @@ from typing import Any
 
 import graphviz
 
-from genotypes import SPACES, Genotype, Node, edge_list
+from genotypes import SPACES, Genotype, Node, edge_list, num_nodes
 
 Probabilities = Mapping[tuple[int, int, str], float]  # (node, source, op) -> p_alpha(op)
 
@@ -73,10 +73,9 @@ def cell_graph(
 def op_probabilities(alpha: Any, space: str) -> dict[tuple[int, int, str], float]:
     """softmax(alpha) as (node, source, op) -> probability; alpha is an (E, O) tensor."""
     rows = alpha.detach().float().softmax(-1).tolist()
-    nodes = next(n for n in range(1, len(rows) + 1) if len(edge_list(n)) == len(rows))
     return {
         (node, source, op): value
-        for (node, source), row in zip(edge_list(nodes), rows, strict=True)
+        for (node, source), row in zip(edge_list(num_nodes(len(rows))), rows, strict=True)
         for op, value in zip(SPACES[space], row, strict=True)
     }
 

@@ -127,6 +127,23 @@ def test_epochs_differ_and_repeat_themselves(tiny: Path) -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_batches_are_moved_to_the_device(tiny: Path) -> None:
+    made, device = Data(options(tiny)), torch.device("meta")
+    for batches in (made.train_batches(4, 0, device), made.batches("valid", 4, device)):
+        images, labels = next(batches)
+        assert images.device == labels.device == device
+
+
+def test_every_image_is_decoded_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import images
+
+    read, paths = images._read_pixels, []
+    monkeypatch.setattr(images, "_read_pixels", lambda path, *rest: paths.append(path) or read(path, *rest))
+    made = Data(options(tiny))
+    list(made.train_batches(4, 0, torch.device("cpu")))
+    assert len(paths) == len(set(paths)) == 36
+
+
 def test_a_short_training_set_still_gives_a_step(tiny: Path) -> None:
     made = Data(options(tiny))
     batches = list(made.train_batches(1000, 0, torch.device("cpu")))

@@ -55,8 +55,9 @@ def test_sixteen_bits_are_scaled_by_the_bits_in_use(tmp_path: Path, top: int, wh
     assert np.abs(got[:, 0].numpy() - wanted).max() <= 0.51
 
 
-def test_floating_point_images_are_scaled_by_the_largest_value(tmp_path: Path) -> None:
-    pixels = np.linspace(0, 0.5, 16).reshape(4, 4).astype(np.float32)
+@pytest.mark.parametrize("top", [0.5, 1.0, 4096.0])
+def test_floating_point_images_are_scaled_by_the_largest_value(tmp_path: Path, top: float) -> None:
+    pixels = np.linspace(0, top, 16).reshape(4, 4).astype(np.float32)
     got = decode(folder_of(tmp_path, {"a.tif": Image.fromarray(pixels), "b.tif": Image.fromarray(pixels / 2)}))
     assert got[0].max() == 255 and got[1].max() in (127, 128)
 
