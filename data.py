@@ -129,10 +129,10 @@ def _groups(names: list[str], pattern: str | None) -> np.ndarray[Any, Any] | Non
     if pattern is None:
         return None
     matches = [re.search(pattern, Path(name).name) for name in names]
-    if None in matches:
-        name = names[matches.index(None)]
+    keys: list[Any] = [match and match.group(1 if match.re.groups else 0) for match in matches]
+    if None in keys:
+        name = names[keys.index(None)]
         raise UserError(f"--group_pattern {pattern!r} is not found in {Path(name).name!r}; every file name needs it")
-    keys = [match.group(1 if match.re.groups else 0) for match in matches if match]
     return np.unique(keys, return_inverse=True)[1]
 
 
@@ -167,7 +167,8 @@ def _divide_groups(
     from sklearn.model_selection import StratifiedGroupKFold
 
     # k of n folds, n as small as comes close to the portion, so that a fold holds many groups
-    part = next(f for n in range(2, 51) if abs((f := Fraction(portion).limit_denominator(n)) - portion) < 0.02 and f)
+    near = (Fraction(portion).limit_denominator(n) for n in range(2, 51))
+    part = next((f for f in near if f and abs(f - portion) < 0.02), Fraction(1, 50))
     totals = np.bincount(labels[indices])
     best, best_gap = indices[:0], np.inf
     for attempt in range(4):
@@ -231,8 +232,9 @@ class Data:
     def plain_train_batches(
         self, batch_size: int, count: int, epoch: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """At most `count` batches of training images, drawn as in training but not augmented."""
-        order = self._draw(utils.generator("cpu", self._seed, "plain", epoch))[: count * batch_size]
+        """At most `count` batches of training images, drawn as in training but not augmented, of equal sizes."""
+        order = self._draw(utils.generator("cpu", self._seed, "plain", epoch))
+        order = order[: min(count, max(1, len(order) // batch_size)) * batch_size]
         for chosen in order.split(batch_size):
             yield self._batch(chosen, device)
 

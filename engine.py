@@ -25,9 +25,9 @@ from options.default_option import RunOptions
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
-# Options that may change when a run is resumed: they do not touch what is computed.
+# Options that may change when a run is resumed: what is computed stays the same function of the same images.
 FREE = {"resume", "save_freq", "report_freq", "experiments_dir", "visualizations_dir", "download", "data_dir"} | {
-    "dataset",  # the same images may have moved: the split's names are checked
+    "dataset",  # the images may have moved: their names, number, size, mean and std are compared
     "device",
     "max_ram_gb",
     "cache_dir",
@@ -86,22 +86,35 @@ def open_run(opt: RunOptions, stem: str) -> Run:
         UserError: the experiment exists, its options differ, or the data cannot be used.
     """
     folder = Path(opt.experiments_dir) / opt.name
-    done = checkpoint.epochs(folder, stem)
-    if folder.exists() and not opt.resume:
-        kept = {p.name for p in folder.iterdir()} - {p.name for pattern in _LEFTOVERS for p in folder.glob(pattern)}
-        if kept:
-            raise UserError(f"{folder} exists; give another --name, or --resume True to go on with it")
+    done = checkpoint.epochs(folder, stem) if opt.resume else []
+    if not done:
+        _check_free(folder)
     device = utils.pick_device(opt.device)
-    loaded = checkpoint.load(checkpoint.path_of(folder, stem, done[-1])) if done and opt.resume else None
+    loaded = checkpoint.load(checkpoint.path_of(folder, stem, done[-1])) if done else None
     if loaded:
         _check_same_options(opt, loaded["options"], folder)
     run_data = data.Data(opt, loaded["split"] if loaded else None)
-    if loaded and run_data.info.classes != loaded["data"]["classes"]:
-        raise UserError(f"--dataset {opt.dataset} has other classes than the run in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
+    if loaded and run_data.info.to_dict() != loaded["data"]:
+        raise UserError(f"--dataset {opt.dataset} does not hold the images of the run in {folder}; use a new --name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--experiments_dir {opt.experiments_dir} cannot be written: {error.strerror}") from None
     options.save(opt, folder / "options.yaml", f"python {Path(sys.argv[0]).name} --config {folder}/options.yaml")
     data.write_split(folder / "split.json", run_data, opt)
     return Run(opt, stem, folder, device, run_data, loaded["epoch"] if loaded else 0, loaded)
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder that holds more than a start which never finished an epoch."""
+    if any(path.exists() and not path.is_dir() for path in (folder, folder.parent)):
+        raise UserError(f"{folder} cannot be made: a file is in the way; change --name or --experiments_dir")
+    if not folder.exists():
+        return
+    kept = {p.name for p in folder.iterdir()} - {p.name for pattern in _LEFTOVERS for p in folder.glob(pattern)}
+    metrics = folder / "metrics.jsonl"
+    if kept or (metrics.exists() and metrics.stat().st_size):
+        raise UserError(f"{folder} exists; give another --name, or --resume True if it has a checkpoint to go on from")
 
 
 def _check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path) -> None:
@@ -176,7 +189,7 @@ def evaluate(run: Run, forward: Callable[[Tensor], Tensor], split: str) -> Figur
     """Loss and accuracies of forward(images) -> logits over a whole split, not augmented."""
     from sklearn.metrics import accuracy_score, recall_score  # a slow import
 
-    loss = torch.zeros((), dtype=torch.float64, device=run.device)
+    loss = torch.zeros((), dtype=_widest(run.device), device=run.device)
     predictions, targets = [], []
     for images, labels in run.data.batches(split, run.opt.eval_batch_size, run.device):
         with autocast(run):
@@ -220,6 +233,11 @@ def calibrated(module: nn.Module, forward: Callable[[Tensor], Tensor], batches: 
         module.train(training)
 
 
+def _widest(device: torch.device) -> torch.dtype:
+    """The type to sum in: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Mean:
     """Running mean of scalars that stay on their device; weighted by the number of images."""
 
@@ -230,8 +248,8 @@ class Mean:
     def add(self, values: Mapping[str, Tensor], count: int) -> None:
         """Add the means of `count` images."""
         for name, value in values.items():
-            total = self._sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device))
-            self._sums[name] = total + value.detach().double() * count
+            term = value.detach().to(_widest(value.device)) * count
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
         self._count += count
 
     def values(self) -> dict[str, float]:
@@ -239,12 +257,12 @@ class Mean:
         return {name: total.item() / self._count for name, total in self._sums.items()}
 
 
-def check_finite(run: Run, loss: float, epoch: int) -> None:
-    """Stop the run where the loss is no number; raises UserError."""
-    if not math.isfinite(loss):
+def check_finite(run: Run, name: str, value: float, epoch: int) -> None:
+    """Stop the run where a figure is no number, before it is saved; raises UserError."""
+    if not math.isfinite(value):
         good = checkpoint.path_of(run.folder, run.stem, run.epoch) if run.epoch else "none yet"
         raise UserError(
-            f"the loss became {loss} in epoch {epoch}; last good checkpoint: {good}; "
+            f"{name} became {value} in epoch {epoch}; last good checkpoint: {good}; "
             "try a lower --learning_rate or --precision fp32 under a new --name"
         )
 
@@ -255,7 +273,7 @@ def fit(
     one_epoch: Callable[[int], dict[str, Any]],
     summarise: Callable[[Mapping[str, Any]], str],
 ) -> dict[str, Any]:
-    """The loop over epochs: train and evaluate, write the row, then the checkpoint, print a line.
+    """The loop over epochs: train and evaluate, write the checkpoint, then the row, print a line.
 
     Args:
         run: where to go on from.
@@ -268,11 +286,15 @@ def fit(
     row = dict(run.loaded["metrics"]) if run.loaded else {}
     log = utils.MetricLog(run.folder, run.epoch)
     try:
+        if run.epoch > log.epoch:  # the run died between its checkpoint and its row
+            log.add(row)
         for epoch in range(run.epoch + 1, run.opt.epochs + 1):
             torch.manual_seed(utils.fold(run.opt.seed, "epoch", epoch))  # drop path
             row = {"epoch": epoch, **one_epoch(epoch)}
-            log.add(row)
+            for name, value in row.items():
+                check_finite(run, name, value, epoch)
             run.save(epoch, parts, row)
+            log.add(row)
             tqdm.write(summarise(row))
     finally:
         log.close()

@@ -50,7 +50,7 @@ def scan(root: Path) -> ImageFolder:
         found = sorted(
             path.relative_to(root).as_posix()
             for path in folder.rglob("*")
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+            if path.suffix.lower() in EXTENSIONS and path.is_file() and not _hidden(path.relative_to(folder))
         )
         if not found:
             raise UserError(f"--dataset {root}: the class folder {folder.name!r} holds no images; fill it or remove it")
@@ -64,6 +64,10 @@ def scan(root: Path) -> ImageFolder:
     return ImageFolder(root, [folder.name for folder in folders], files, labels)
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 class _Header(NamedTuple):
     size: tuple[int, int]  # H, W as shown
     mode: str
@@ -73,9 +77,10 @@ class _Header(NamedTuple):
 def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache_dir: Path) -> Tensor:
     """Every image of the folder as uint8 (N, C, H, W), C = 1 if all are grey and 3 otherwise.
 
-    Transparent pixels become black, palettes and CMYK become RGB, EXIF rotations are applied. Integers of
-    more than 8 bits are scaled by the number of bits in use in the whole folder (12-bit pictures in 16-bit
-    files do not turn black), floating-point pixels by the largest value of the folder.
+    Transparent pixels become black, palettes and CMYK become RGB, EXIF rotations are applied. Grey integers
+    of more than 8 bits are scaled by the number of bits in use in the whole folder (12-bit pictures in 16-bit
+    files do not turn black), floating-point pixels by the largest value of the folder. Of 16-bit colours the
+    high byte is taken, as Pillow does.
 
     Args:
         image_size: side to resize (shorter side) and crop (centre) to; None keeps the size, if there is one.
@@ -145,7 +150,10 @@ def _lazily(read: Callable[[Path], T], folder: ImageFolder, what: str) -> Iterat
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    # Threads help where decoding is long; for small files they only pass Python's lock around.
+    sample = folder.files[:: max(1, len(folder.files) // 50)]
+    large = sum((folder.root / name).stat().st_size for name in sample) > 50_000 * len(sample)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if large else 1) as pool:
         results: Iterable[T | Exception] = pool.map(attempt, folder.files)
         bar = tqdm(results, what, len(folder.files), unit="img", leave=False, disable=None, delay=1)
         for name, result in zip(folder.files, bar, strict=True):
@@ -171,19 +179,22 @@ def _each(read: Callable[[Path], T], folder: ImageFolder, what: str) -> list[T]:
 def _read_header(path: Path) -> _Header:
     with Image.open(path) as image:
         width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) >= 5:  # turned by 90 degrees
+        # A TIFF's size is the turned one already, and its load() turns the pixels; asking a PNG decodes it.
+        asks = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        if asks and image.getexif().get(_ORIENTATION, 1) >= 5:  # turned by 90 degrees
             width, height = height, width
-        top = float(np.asarray(image).max()) if image.mode in _WIDE else 0.0
+        top = float(np.nan_to_num(np.asarray(image)).max()) if image.mode in _WIDE else 0.0
         return _Header((height, width), image.mode, top)
 
 
 def _read_pixels(path: Path, channels: int, size: tuple[int, int], white: Mapping[str, float]) -> np.ndarray[Any, Any]:
     """One image as uint8 (C, H, W)."""
     with Image.open(path) as opened:
-        image: Image.Image = ImageOps.exif_transpose(opened)
+        image: Image.Image = opened if opened.format == "TIFF" else ImageOps.exif_transpose(opened)
         if image.mode in _WIDE:
             scale = 255 / white["F" if image.mode == "F" else "I"]
-            image = Image.fromarray(np.clip(np.asarray(image, np.float64) * scale, 0, 255).round().astype(np.uint8))
+            values = np.nan_to_num(np.asarray(image, np.float64)) * scale
+            image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)

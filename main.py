@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> "Found":
     opt = options.parse(TrainOptions, argv, "main.py", __doc__)
     import search  # after the options: torch takes seconds to import, and a typo should not
 
-    return search.run_search(opt, lambda network, info, opt: search.CrossEntropy())
+    return search.run_search(opt, lambda network, info, opt: search.cross_entropy)
 
 
 if __name__ == "__main__":

@@ -26,19 +26,17 @@ from options.default_option import TrainOptions
 from sampling import Z
 
 Terms = dict[str, Tensor]  # further scalars of an objective, logged under their names
-# An objective is a module: (logits (B, classes), targets (B,), Z) -> (loss, terms)
+# (logits (B, classes), targets (B,), Z) -> (loss, terms); a module if it learns or counts something
+Objective = Callable[[Tensor, Tensor, Z], tuple[Tensor, Terms]]
 
 
-class CrossEntropy(nn.Module):
-    """The plain objective of main.py."""
-
-    def forward(self, logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, Terms]:
-        """Mean cross-entropy in nats; the architecture costs nothing."""
-        return F.cross_entropy(logits.float(), targets), {}
+def cross_entropy(logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, Terms]:
+    """The plain objective of main.py: mean cross-entropy in nats; the architecture costs nothing."""
+    return F.cross_entropy(logits.float(), targets), {}
 
 
 # (network, info, opt) -> the objective; the loop knows none by name
-MakeObjective = Callable[[Network, DataInfo, TrainOptions], nn.Module]
+MakeObjective = Callable[[Network, DataInfo, TrainOptions], Objective]
 
 
 @dataclass
@@ -46,14 +44,14 @@ class Learner:
     """What a search trains and what trains it."""
 
     network: Network
-    objective: nn.Module
+    objective: Objective
     theta_optimizer: torch.optim.SGD
     alpha_optimizer: torch.optim.Adam
     scheduler: torch.optim.lr_scheduler.CosineAnnealingLR
 
     def parts(self) -> dict[str, engine.Stateful]:
-        """All of it, by name, for the checkpoint."""
-        return dict(vars(self))
+        """All of it that has a state, by name, for the checkpoint."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
 
 def build(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> Learner:
@@ -127,7 +125,8 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     run = engine.open_run(opt, "weights")
     learner = build(opt, run.data.info, make_objective)
     learner.network.to(run.device)
-    learner.objective.to(run.device)
+    if isinstance(learner.objective, nn.Module):
+        learner.objective.to(run.device)
     run.restore(learner.parts())
     engine.announce(run, learner.network, Z(*learner.network.alphas()), _estimate_seconds(run, learner))
     if opt.compile:
@@ -169,7 +168,7 @@ def _train_epoch(run: engine.Run, learner: Learner, epoch: int) -> dict[str, Any
             images_seen += len(targets)
             if (index + 1) % opt.report_freq == 0 or index + 1 == steps:
                 now = mean.values()
-                engine.check_finite(run, now["train_loss"], epoch)
+                engine.check_finite(run, "train_loss", now["train_loss"], epoch)
                 bar.set_postfix(loss=f"{now['train_loss']:.3f}", acc=f"{now['train_acc']:.1f}")
     learner.scheduler.step()
     speed = images_seen / (time.perf_counter() - start)
@@ -221,7 +220,7 @@ def _estimate_seconds(run: engine.Run, learner: Learner) -> float:
     network, objective = copy.deepcopy((learner.network.train(), learner.objective))
     images, targets = next(run.data.train_batches(opt.batch_size, 0, run.device))
     size = min(8, opt.batch_size)
-    for _ in range(3):  # the first warms up; the whole batch only where it is fast
+    for _ in range(3):  # the first warms up; then the whole batch where that is fast
         start = time.perf_counter()
         z = network.sample(1.0)
         with engine.autocast(run):

@@ -55,21 +55,24 @@ class MetricLog:
 
     Args:
         folder: the run directory.
-        epoch: rows after this epoch, left by a run that died before its checkpoint, are dropped.
+        epoch: rows after this epoch are dropped; afterwards `self.epoch` is that of the last row, 0 if none.
     """
 
     def __init__(self, folder: Path, epoch: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a slow import, wanted by runs alone
-
         self.path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(self.path) if row["epoch"] <= epoch] if self.path.exists() else []
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+        self._writer: Any = None
+        self.epoch = rows[-1]["epoch"] if rows else 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one epoch's row; numbers become scalars of TensorBoard under the same names."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # a slow import, left until the first epoch is done
+
+            self._writer = SummaryWriter(str(self.path.parent), purge_step=row["epoch"])
         for name, value in row.items():
             if isinstance(value, int | float) and name != "epoch":
                 self._writer.add_scalar(name, value, row["epoch"])
@@ -77,7 +80,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Close the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

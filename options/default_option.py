@@ -74,6 +74,8 @@ class RunOptions:
         """Raise UserError where values do not go together."""
         if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or self.name in (".", ".."):
             raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
+        if self.batch_size < 2:
+            raise UserError("--batch_size 1: batch norm needs at least 2 images")
         if self.group_pattern is not None:
             try:
                 re.compile(self.group_pattern)

@@ -52,6 +52,8 @@ def test_chips_are_split_by_scene_with_every_class_in_every_split(chips: Path) -
     ("changes", "message"),
     [
         ({"group_pattern": r"^scene(\d+)"}, "--group_pattern"),
+        ({"group_pattern": r"^(\d+)_(x)?", "test_portion": 0.005}, "split|no training image"),
+        ({"group_pattern": "^(x)?"}, "--group_pattern"),
         ({"train_portion": 0.01}, "split|no training image"),
         ({"dataset": "/nowhere"}, "no such folder"),
         ({"dataset": "cifar10", "data_dir": "/nowhere"}, "--download True"),
@@ -94,7 +96,8 @@ def test_mean_and_std_are_those_of_the_training_split(tiny: Path) -> None:
     pixels = made.pixels[made.indices["train"]].double() / 255
     assert made.info.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
     assert made.info.std == pytest.approx(pixels.std((0, 2, 3), unbiased=False).tolist())
-    plain = torch.cat([images for images, _ in made.plain_train_batches(5, 99, 0, torch.device("cpu"))])
+    plain = torch.cat([images for images, _ in made.plain_train_batches(7, 99, 0, torch.device("cpu"))])
+    assert len(plain) == len(pixels) == 14
     assert plain.mean().abs() < 1e-5 and plain.std((0, 2, 3), unbiased=False).tolist() == pytest.approx(
         [1] * 3, rel=1e-5
     )
@@ -142,6 +145,12 @@ def test_every_image_is_decoded_once(tiny: Path, monkeypatch: pytest.MonkeyPatch
     made = Data(options(tiny))
     list(made.train_batches(4, 0, torch.device("cpu")))
     assert len(paths) == len(set(paths)) == 36
+
+
+def test_calibration_batches_are_of_equal_sizes(tiny: Path) -> None:
+    made, device = Data(options(tiny)), torch.device("cpu")
+    for size, count, wanted in ((5, 9, [5, 5]), (5, 1, [5]), (13, 3, [13]), (99, 2, [14])):
+        assert [len(labels) for _, labels in made.plain_train_batches(size, count, 0, device)] == wanted
 
 
 def test_a_short_training_set_still_gives_a_step(tiny: Path) -> None:

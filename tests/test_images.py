@@ -58,17 +58,24 @@ def test_sixteen_bits_are_scaled_by_the_bits_in_use(tmp_path: Path, top: int, wh
 @pytest.mark.parametrize("top", [0.5, 1.0, 4096.0])
 def test_floating_point_images_are_scaled_by_the_largest_value(tmp_path: Path, top: float) -> None:
     pixels = np.linspace(0, top, 16).reshape(4, 4).astype(np.float32)
+    pixels[0, 0] = np.nan  # no data
     got = decode(folder_of(tmp_path, {"a.tif": Image.fromarray(pixels), "b.tif": Image.fromarray(pixels / 2)}))
+    assert got[0, 0, 0, 0] == 0
     assert got[0].max() == 255 and got[1].max() in (127, 128)
 
 
-def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    image, exif = Image.new("L", (6, 4)), Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_exif_rotation_is_applied(tmp_path: Path, ending: str) -> None:
+    image, exif = Image.new("RGB", (6, 4)), Image.Exif()
+    image.paste((255, 255, 255), (0, 0, 6, 1))  # the first row is white
+    exif[0x0112] = 6  # to be shown turned clockwise: the first row becomes the last column
     (tmp_path / "a").mkdir()
-    image.save(tmp_path / "a" / "1.jpg", exif=exif)
-    folder_of(tmp_path, {"2.png": Image.new("L", (4, 6))})
-    assert decode(images.scan(tmp_path)).shape == (2, 1, 6, 4)
+    image.save(tmp_path / "a" / f"1.{ending}", exif=exif, quality=100)
+    folder_of(tmp_path, {"2.png": Image.new("RGB", (4, 6))})
+    got = decode(images.scan(tmp_path))
+    assert got.shape == (2, 3, 6, 4)
+    assert got[0, :, :, 3].min() > 200
+    assert got[0, :, :, :2].max() < 50
 
 
 def test_rectangular_images_keep_their_size_and_mixed_ones_need_a_size(tmp_path: Path) -> None:
@@ -110,6 +117,8 @@ def test_scan_skips_hidden_folders_and_other_files(tmp_path: Path) -> None:
     (root / "__pycache__").mkdir()
     (root / "README.md").touch()
     (root / "class0" / "notes.txt").touch()
+    (root / "class0" / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "class0" / ".ipynb_checkpoints" / "0_0-checkpoint.png")
     (root / "class0" / "deep").mkdir()
     Image.new("RGB", (8, 8)).save(root / "class0" / "deep" / "z.JPG", "JPEG")
     folder = images.scan(root)

@@ -37,6 +37,8 @@ def test_every_module_has_a_layer_and_imports_only_lower_ones() -> None:
         assert name in RANK, f"{name} has no place in the import table"
         for other in imports(path) & RANK.keys():
             assert RANK[other] < RANK[name], f"{name} imports {other}"
+    for path in (ROOT / "options").glob("*.py"):
+        assert imports(path) & RANK.keys() <= {"options"}, path
 
 
 def test_the_lowest_layer_and_the_options_know_no_torch() -> None:

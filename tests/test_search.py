@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -90,8 +89,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     monkeypatch.undo()
     cut = whole.folder.with_name("cut")
     assert len(rows(cut)) == 2
-    with (cut / "metrics.jsonl").open("a") as file:  # a row whose checkpoint was never written, and half a row
-        file.write(json.dumps({"epoch": 4, "train_loss": 0}) + "\n")
+    (cut / "metrics.jsonl").write_text((cut / "metrics.jsonl").read_text().splitlines()[0] + "\n")  # a row is lost
+    (cut / ".weights_epoch_3.pt.tmp").write_bytes(b"half")
     resumed = main.main([*arguments, "--name=cut", "--resume=True"])
     assert rows(cut) == rows(whole.folder)
     first, second = (checkpoint.load(f.folder / "weights_epoch_4.pt")["parts"] for f in (whole, resumed))
@@ -118,6 +117,34 @@ def test_an_existing_experiment_is_refused_and_untouched(arguments: list[str]) -
     assert {path: path.stat().st_mtime_ns for path in found.folder.iterdir()} == before
 
 
+def test_rows_without_a_checkpoint_are_not_wiped(arguments: list[str]) -> None:
+    found = main.main(arguments)
+    (found.folder / "weights_epoch_2.pt").unlink()
+    for name in ("genotype.json", "metrics.jsonl"):
+        for resume in (True, False):
+            with pytest.raises(UserError, match="exists"):
+                main.main([*arguments, f"--resume={resume}"])
+        (found.folder / name).unlink()
+
+
+def test_other_images_under_the_same_names_are_not_resumed_on(arguments: list[str], tmp_path: Path) -> None:
+    from conftest import write_images
+
+    main.main(arguments)
+    other = write_images(tmp_path / "other", size=(9, 9))
+    with pytest.raises(UserError, match="does not hold the images"):
+        main.main([*arguments, f"--dataset={other}", "--resume=True"])
+
+
+@pytest.mark.parametrize("option", ["--name=taken", "--experiments_dir={0}/experiments/taken"])
+def test_a_file_in_the_way_is_named(arguments: list[str], tmp_path: Path, option: str) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "taken").write_text("mine")
+    with pytest.raises(UserError, match="a file is in the way"):
+        main.main([*arguments, option.format(tmp_path)])
+    assert (tmp_path / "experiments" / "taken").read_text() == "mine"
+
+
 def test_a_start_that_never_reached_a_checkpoint_may_be_repeated(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,20 +167,20 @@ def test_bad_data_leaves_no_folder(arguments: list[str], tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint(arguments: list[str]) -> None:
-    class Broken(search.CrossEntropy):
-        calls = 0
+    calls = 0
 
-        def forward(self, logits: torch.Tensor, targets: torch.Tensor, z: Z) -> tuple[torch.Tensor, search.Terms]:
-            loss, terms = super().forward(logits, targets, z)
-            Broken.calls += 1
-            after = 3 + 3  # the estimate of the duration, the first epoch
-            return (loss * float("nan") if Broken.calls > after else loss), terms
+    def broken(logits: torch.Tensor, targets: torch.Tensor, z: Z) -> tuple[torch.Tensor, search.Terms]:
+        nonlocal calls
+        calls += 1
+        after = 3 + 3  # the estimate of the duration, the first epoch
+        loss, terms = search.cross_entropy(logits, targets, z)
+        return (loss * float("nan") if calls > after else loss), terms
 
     import options
 
     opt = options.parse(TrainOptions, arguments, "main.py", "")
     with pytest.raises(UserError, match=r"weights_epoch_1.pt") as error:
-        search.run_search(opt, lambda *_: Broken())
+        search.run_search(opt, lambda *_: broken)
     assert "epoch 2" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -165,7 +192,7 @@ def test_one_step_moves_theta_and_alpha_by_sgd_and_adam_with_clipped_gradients(a
 
     opt = options.parse(TrainOptions, [*arguments, "--grad_clip=0.1", "--arch_grad_clip=0.001"], "main.py", "")
     run = engine.open_run(opt, "weights")
-    learner = search.build(opt, run.data.info, lambda *_: search.CrossEntropy())
+    learner = search.build(opt, run.data.info, lambda *_: search.cross_entropy)
     before = copy.deepcopy(learner.network)
     images, targets = next(run.data.train_batches(8, 1, run.device))
     seed = torch.Generator().manual_seed(1)
@@ -218,22 +245,41 @@ def test_child_accuracy_is_that_of_the_child_network_with_the_supernets_weights(
     assert figures.loss == pytest.approx(found.metrics["child_valid_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        ["--space=nasnet"], ["--space=amoebanet"], ["--temp_schedule=exponential", "--anneal_rate=0.5"], ["--precision=bf16"],
-        ["--image_size=7"], ["--max_ram_gb=1e-9"], ["--nodes=2", "--layers=4"],
-    ],
-    ids=lambda extra: extra[0],
-)  # fmt: skip
-def test_options_reach_the_run(arguments: list[str], extra: list[str], tmp_path: Path) -> None:
-    found = main.main([*arguments, *extra, f"--cache_dir={tmp_path}/cache"])
-    assert all(torch.isfinite(torch.tensor(float(v))) for v in found.metrics.values())
-    if "exponential" in extra[0]:
-        steps = 2 * (14 // 4)
-        assert found.metrics["temperature"] == pytest.approx(max(0.03, 2.718281828 ** (-0.5 * (steps - 1))))
-    if extra[0].startswith("--space"):
-        assert found.genotype.space == extra[0].split("=")[1]
+@pytest.mark.parametrize("space", ["nasnet", "amoebanet"])
+def test_other_spaces_are_searched(arguments: list[str], space: str) -> None:
+    found = main.main([*arguments, f"--space={space}"])
+    alpha = checkpoint.load(found.folder / "weights_epoch_2.pt")["parts"]["network"]["alpha_normal"]
+    assert found.genotype.space == space
+    assert alpha.shape == (2, len(genotypes.SPACES[space]))
+
+
+def test_the_exponential_schedule_counts_steps_over_the_whole_run(arguments: list[str]) -> None:
+    found = main.main([*arguments, "--temp_schedule=exponential", "--anneal_rate=0.1", "--initial_temp=2"])
+    last_steps = [3 - 1, 6 - 1]  # 3 steps an epoch
+    logged = [row["temperature"] for row in rows(found.folder)]
+    assert logged == [pytest.approx(2 * 2.718281828459 ** (-0.1 * step)) for step in last_steps]
+
+
+def test_size_nodes_and_cells_reach_the_network(arguments: list[str]) -> None:
+    found = main.main([*arguments, "--nodes=2", "--layers=4", "--image_size=7"])
+    content = checkpoint.load(found.folder / "weights_epoch_2.pt")
+    assert content["parts"]["network"]["alpha_reduce"].shape == (5, 8)
+    assert {name.split(".")[1] for name in content["parts"]["network"] if name.startswith("cells.")} == set("0123")
+    assert content["data"]["image_size"] == [7, 7]
+
+
+def test_mapped_images_give_the_same_run(arguments: list[str], tmp_path: Path) -> None:
+    whole = main.main([*arguments, "--name=ram"])
+    mapped = main.main([*arguments, "--name=map", "--max_ram_gb=1e-9", f"--cache_dir={tmp_path}/cache"])
+    assert rows(mapped.folder) == rows(whole.folder)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_bf16_trains_close_to_fp32(arguments: list[str]) -> None:
+    full = rows(main.main([*arguments, "--name=fp32"]).folder)
+    half = rows(main.main([*arguments, "--name=bf16", "--precision=bf16"]).folder)
+    assert half[0]["train_loss"] != full[0]["train_loss"]
+    assert half[0]["train_loss"] == pytest.approx(full[0]["train_loss"], rel=0.05)
 
 
 def test_a_search_learns(tiny: Path, arguments: list[str]) -> None:
@@ -244,20 +290,3 @@ def test_a_search_learns(tiny: Path, arguments: list[str]) -> None:
     assert min(row["train_loss"] for row in logged) < 0.6 * logged[0]["train_loss"]
     assert found.metrics["entropy_normal"] < 0.7 * 2 * 2.0794  # 2 edges, ln 8
     assert found.metrics["child_valid_acc"] > 80
-
-
-def test_alpha_moves_towards_the_operation_that_lowers_the_loss() -> None:
-    """On a task that only the identity solves, its probability grows on the single edge that matters."""
-    torch.manual_seed(0)
-    alpha = nn.Parameter(torch.zeros(1, 3))
-    optimizer = torch.optim.Adam([alpha], 0.05)
-    x = torch.randn(64)
-    import sampling
-
-    for step in range(300):
-        z = sampling.concrete_sample(alpha, 0.5, torch.Generator().manual_seed(step))[0]
-        loss = (z[0] * 0 + z[1] * x + z[2] * (-x) - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert alpha.softmax(-1)[0, 1] > 0.9
