@@ -1,10 +1,14 @@
-"""What a network costs, by counting the built network: learnable parameters and multiply-adds."""
+"""What a network costs, by counting what is built: learnable parameters and multiply-adds."""
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from genotypes import Genotype, cell_plan
+from operations import make_op
 
 
 def count_params(module: nn.Module) -> int:
@@ -26,3 +30,20 @@ def count_flops(module: nn.Module, *inputs: Any) -> int:
         module(*inputs)
     module.train(training)
     return counter.get_total_flops() // 2
+
+
+@cache
+def op_params(op: str, channels: int, stride: int) -> int:
+    """Learnable parameters of one operation of a child, its affine batch norm included."""
+    with torch.device("meta"):
+        return count_params(make_op(op, channels, stride, affine=True))
+
+
+def ops_params(genotype: Genotype, init_channels: int, layers: int) -> int:
+    """Learnable parameters of all operations of a child: what tells apart the children of one concat and size."""
+    total = 0
+    for plan in cell_plan(init_channels, layers, 0):
+        nodes = genotype.reduce if plan.reduction else genotype.normal
+        for op, source in (pair for node in nodes for pair in node):
+            total += op_params(op, plan.channels, 2 if plan.reduction and source < 2 else 1)
+    return total

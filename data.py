@@ -191,11 +191,14 @@ class Data:
     Args:
         opt: the options.
         split: names of the images per split, as stored in split.json; made anew if None.
+        train_on_valid: train on the validation split too.
     Raises:
         UserError: for whatever is wrong with the folder, its images or its split.
     """
 
-    def __init__(self, opt: RunOptions, split: dict[str, list[str]] | None = None) -> None:
+    def __init__(
+        self, opt: RunOptions, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
+    ) -> None:
         pool = load_pool(opt)
         self.split = split or make_split(pool, opt)
         index = {name: i for i, name in enumerate(pool.names)}
@@ -205,6 +208,8 @@ class Data:
         self.indices = {
             name: torch.tensor([index[n] for n in names], dtype=torch.int64) for name, names in self.split.items()
         }
+        if train_on_valid:
+            self.indices["train"] = torch.cat([self.indices["train"], self.indices["valid"]])
         self.pixels, self.labels = pool.pixels, pool.labels
         mean, std = _measure(pool.pixels, self.indices["train"])
         counts = {

@@ -8,6 +8,8 @@ A cell has two inputs (the outputs of the two cells before it) and N intermediat
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import exp, log
+from random import Random
 from typing import Any, NamedTuple
 
 NONE = "none"
@@ -141,7 +143,11 @@ class Genotype:
 
     def to_json(self) -> str:
         """The text of genotype.json; `from_json` reads it back."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, as in genotype.json and checkpoints; `from_dict` reads them back."""
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, text: str) -> "Genotype":
@@ -237,10 +243,22 @@ def _derive_cell(rows: list[list[float]], ops: Sequence[str], rule: str) -> tupl
 
 
 def _logsumexp(row: Sequence[float]) -> float:
-    from math import exp, log
-
     top = max(row)
     return top + log(sum(exp(value - top) for value in row))
+
+
+def random_genotype(space: str, random: Random, nodes: int = 4) -> Genotype:
+    """An architecture drawn uniformly: every edge takes each op of the space, none included, equally often."""
+    cells = []
+    for _ in range(2):
+        pairs: list[list[tuple[str, int]]] = [[] for _ in range(nodes)]
+        for node, source in edge_list(nodes):
+            op = random.choice(SPACES[space])
+            if op != NONE:
+                pairs[node].append((op, source))
+        cells.append(tuple(tuple(node) for node in pairs))
+    concat = tuple(range(2, 2 + nodes))
+    return Genotype(cells[0], concat, cells[1], concat, space)
 
 
 _SHORT = {

@@ -52,7 +52,7 @@ class AuxiliaryHead(nn.Sequential):
     """A second classifier on the features at 2/3 of the depth (DARTS's form), for training only.
 
     Args:
-        channels: of the features (B, channels, H, W), H and W of 5 or more; 8 and 7 in the published set-ups.
+        channels: of the features (B, channels, H, W), H and W of 5 + stride or more.
         num_classes: size of its logits.
         stride: of the pooling: 3 for CIFAR's 8 x 8 features, 2 for ImageNet's 7 x 7.
     """
@@ -60,13 +60,14 @@ class AuxiliaryHead(nn.Sequential):
     def __init__(self, channels: int, num_classes: int, stride: int) -> None:
         super().__init__(
             nn.ReLU(),
-            nn.AvgPool2d(5, stride, count_include_pad=False),  # to 2 x 2
+            nn.AvgPool2d(5, stride, count_include_pad=False),  # published: to 2 x 2
             nn.Conv2d(channels, 128, 1, bias=False),
             Norm(128),
             nn.ReLU(inplace=True),
             nn.Conv2d(128, 768, 2, bias=False),
             Norm(768),
             nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),  # 1 x 1 already for the published sizes
             nn.Flatten(),
             nn.Linear(768, num_classes),
         )

@@ -5,6 +5,7 @@ architecture with the supernet's weights.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,16 @@ class Network(nn.Module):
         self.alpha_normal = nn.Parameter(1e-3 * torch.randn(shape))
         self.alpha_reduce = nn.Parameter(1e-3 * torch.randn(shape))
         self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_checkpoint(cls, content: Mapping[str, Any]) -> "Network":
+        """The supernet of a search's checkpoint (checkpoint.load), with its weights and alpha."""
+        opt, info = content["options"], content["data"]
+        network = cls(
+            opt["init_channels"], len(info["classes"]), opt["layers"], opt["space"], opt["nodes"], info["channels"]
+        )
+        network.load_state_dict(content["parts"]["network"])
+        return network
 
     def forward(self, images: Tensor, z: Z) -> Tensor:
         """Images (B, channels, H, W) and Z -> logits (B, classes).

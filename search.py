@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import engine
+import experiment
 import genotypes
 import sampling
 import utils
 import visualize
 from data import DataInfo
+from experiment import Run, Stateful
 from model_search import Network
 from options.default_option import TrainOptions
 from sampling import Z
@@ -49,7 +50,7 @@ class Learner:
     alpha_optimizer: torch.optim.Adam
     scheduler: torch.optim.lr_scheduler.CosineAnnealingLR
 
-    def parts(self) -> dict[str, engine.Stateful]:
+    def parts(self) -> dict[str, Stateful]:
         """All of it that has a state, by name, for the checkpoint."""
         return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
@@ -75,7 +76,7 @@ def make_network(opt: TrainOptions, info: DataInfo) -> Network:
 
 def search_step(
     learner: Learner, images: Tensor, targets: Tensor, z: Z, opt: TrainOptions, autocast: torch.autocast
-) -> tuple[Tensor, Tensor, Terms]:
+) -> engine.Step:
     """The SNAS step: one Z, one forward, one backward; theta and alpha are updated together.
 
     Args:
@@ -84,16 +85,10 @@ def search_step(
     Returns:
         logits (B, classes), loss, the objective's terms.
     """
-    network = learner.network
     with autocast:
-        logits = network(images, z)
+        logits = learner.network(images, z)
     loss, terms = learner.objective(logits, targets, z)
-    learner.theta_optimizer.zero_grad()
-    learner.alpha_optimizer.zero_grad()
-    loss.backward()
-    for optimizer, limit in ((learner.theta_optimizer, opt.grad_clip), (learner.alpha_optimizer, opt.arch_grad_clip)):
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
-        optimizer.step()
+    engine.update(loss, [(learner.theta_optimizer, opt.grad_clip), (learner.alpha_optimizer, opt.arch_grad_clip)])
     return logits, loss, terms
 
 
@@ -122,13 +117,13 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     Raises:
         UserError: options, data or experiment cannot be used, or the loss became infinite.
     """
-    run = engine.open_run(opt, "weights")
+    run = experiment.open_run(opt, "weights")
     learner = build(opt, run.data.info, make_objective)
     learner.network.to(run.device)
     if isinstance(learner.objective, nn.Module):
         learner.objective.to(run.device)
     run.restore(learner.parts())
-    engine.announce(run, learner.network, Z(*learner.network.alphas()), _estimate_seconds(run, learner))
+    experiment.announce(run, learner.network, _estimate_seconds(run, learner), Z(*learner.network.alphas()))
     if opt.compile:
         for cell in learner.network.cells:
             cell.compile()
@@ -143,40 +138,31 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     return Found(run.folder, genotype, row, pictures)
 
 
-def _one_epoch(run: engine.Run, learner: Learner, epoch: int) -> dict[str, Any]:
+def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     start = time.perf_counter()
     row = _train_epoch(run, learner, epoch)
     row |= _evaluate_epoch(run, learner, epoch, row["temperature"])
     return row | {"epoch_seconds": time.perf_counter() - start}
 
 
-def _train_epoch(run: engine.Run, learner: Learner, epoch: int) -> dict[str, Any]:
+def _train_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     opt: TrainOptions = run.opt  # type: ignore[assignment]
-    network, steps = learner.network.train(), run.data.steps(opt.batch_size)
-    mean, images_seen, start = engine.Mean(), 0, time.perf_counter()
-    heat = temperature(opt, epoch, (epoch - 1) * steps)
-    row = {"learning_rate": learner.scheduler.get_last_lr()[0]}
-    batches = run.data.train_batches(opt.batch_size, epoch, run.device)
-    with tqdm(batches, f"epoch {epoch}/{opt.epochs}", steps, unit="step", leave=False, disable=None) as bar:
-        for index, (images, targets) in enumerate(bar):
-            step = (epoch - 1) * steps + index
-            heat = temperature(opt, epoch, step)
-            z = network.sample(heat, utils.generator(run.device, opt.seed, "z", step), opt.resample_cell)
-            logits, loss, terms = search_step(learner, images, targets, z, opt, engine.autocast(run))
-            accuracy = 100 * (logits.argmax(1) == targets).float().mean()
-            mean.add({"train_loss": loss, "train_acc": accuracy, **terms}, len(targets))
-            images_seen += len(targets)
-            if (index + 1) % opt.report_freq == 0 or index + 1 == steps:
-                now = mean.values()
-                engine.check_finite(run, "train_loss", now["train_loss"], epoch)
-                bar.set_postfix(loss=f"{now['train_loss']:.3f}", acc=f"{now['train_acc']:.1f}")
+    network = learner.network.train()
+
+    def step(number: int, images: Tensor, targets: Tensor) -> engine.Step:
+        noise = utils.generator(run.device, opt.seed, "z", number)
+        z = network.sample(temperature(opt, epoch, number), noise, opt.resample_cell)
+        return search_step(learner, images, targets, z, opt, engine.autocast(run))
+
+    last = epoch * run.data.steps(opt.batch_size) - 1
+    row = {"temperature": temperature(opt, epoch, last), "learning_rate": learner.scheduler.get_last_lr()[0]}
+    row |= engine.train_epoch(run, epoch, step)
     learner.scheduler.step()
-    speed = images_seen / (time.perf_counter() - start)
-    return {"temperature": heat, **row, **mean.values(), "images_per_second": speed}
+    return row
 
 
 @torch.no_grad()
-def _evaluate_epoch(run: engine.Run, learner: Learner, epoch: int, heat: float) -> dict[str, Any]:
+def _evaluate_epoch(run: Run, learner: Learner, epoch: int, heat: float) -> dict[str, Any]:
     """A fresh Z and the argmax child on the validation split, each with its own batch-norm statistics."""
     opt: TrainOptions = run.opt  # type: ignore[assignment]
     network = learner.network
@@ -190,7 +176,7 @@ def _evaluate_epoch(run: engine.Run, learner: Learner, epoch: int, heat: float) 
     return row
 
 
-def evaluate_z(run: engine.Run, network: Network, z: Z, epoch: int, split: str = "valid") -> engine.Figures:
+def evaluate_z(run: Run, network: Network, z: Z, epoch: int, split: str = "valid") -> engine.Figures:
     """The supernet at one Z on a split, with batch-norm statistics estimated for this Z on training images."""
     opt: TrainOptions = run.opt  # type: ignore[assignment]
 
@@ -214,23 +200,16 @@ def summarise(row: Mapping[str, Any]) -> str:
     )
 
 
-def _estimate_seconds(run: engine.Run, learner: Learner) -> float:
-    """Seconds that the rest of the run will take, guessed from a few steps of a copy that is thrown away."""
+def _estimate_seconds(run: Run, learner: Learner) -> float:
     opt: TrainOptions = run.opt  # type: ignore[assignment]
     network, objective = copy.deepcopy((learner.network.train(), learner.objective))
-    images, targets = next(run.data.train_batches(opt.batch_size, 0, run.device))
-    size = min(8, opt.batch_size)
-    for _ in range(3):  # the first warms up; then the whole batch where that is fast
-        start = time.perf_counter()
+
+    def loss_of(images: Tensor, targets: Tensor) -> Tensor:
         z = network.sample(1.0)
         with engine.autocast(run):
-            logits = network(images[:size], z)
-        loss, _ = objective(logits, targets[:size], z)
-        loss.backward()
-        loss.item()  # waits for the device
-        seconds = (time.perf_counter() - start) / len(targets[:size])
-        size = opt.batch_size if seconds * opt.batch_size < 1.5 else size
+            logits = network(images, z)
+        return objective(logits, targets, z)[0]
+
     train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
-    evaluated = min(train, opt.calibration_batches * opt.eval_batch_size) + valid
-    # evaluation is a forward pass, a third of a step, over these images; the child's is a small part of it
-    return (opt.epochs - run.epoch) * seconds * (train + 0.4 * evaluated)
+    calibrating = min(train, opt.calibration_batches * opt.eval_batch_size)
+    return engine.estimate_seconds(run, loss_of, 1.2 * (calibrating + valid))  # the child's is a small part of it

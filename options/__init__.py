@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from jsonargparse.typing import restricted_number_type
 
 O = TypeVar("O")
@@ -29,19 +29,26 @@ class _Parser(ArgumentParser):
         raise SystemExit(2)
 
 
-def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: str) -> O:
+class _Formatter(DefaultHelpFormatter):
+    """Help that leaves an epilog of several lines, a program, as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text.strip() else super()._fill_text(text, width, indent)
+
+
+def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: str, epilog: str = "") -> O:
     """Read options from the command line and --config FILE.yaml, the command line winning.
 
     Args:
         options: a dataclass whose fields carry type, default and docstring; its check(), if any, raises
             UserError for values that do not go together.
         argv: the arguments without the program's name; None takes the process's own.
-        prog, description: for --help.
+        prog, description, epilog: for --help.
     Raises:
         SystemExit: code 2 after a one-line error; 0 after --help or --print_config.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
     parser.add_argument("--config", action="config", help="a YAML file of options, e.g. options/presets/quick.yaml")
     parser.add_class_arguments(options)
     arguments = sys.argv[1:] if argv is None else list(argv)

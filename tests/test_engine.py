@@ -5,14 +5,15 @@ import torch
 from torch import nn
 
 import engine
+import experiment
 from data import Data
 from operations import Norm
 from options.default_option import TrainOptions
 
 
-def run_on(folder: Path, **changes: object) -> engine.Run:
+def run_on(folder: Path, **changes: object) -> experiment.Run:
     opt = TrainOptions(dataset=str(folder), **changes)  # type: ignore[arg-type]
-    return engine.Run(opt, "weights", Path(), torch.device("cpu"), Data(opt))
+    return experiment.Run(opt, "weights", Path(), torch.device("cpu"), Data(opt))
 
 
 def test_evaluation_counts_every_image_whatever_the_batch_size(tiny: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 import options
+from options.child_option import ChildOptions
 from options.default_option import TrainOptions
 
 PRESETS = sorted((Path(__file__).parents[1] / "options" / "presets").glob("*.yaml"))
@@ -12,6 +13,10 @@ PRESETS = sorted((Path(__file__).parents[1] / "options" / "presets").glob("*.yam
 
 def parse(*argv: str) -> TrainOptions:
     return options.parse(TrainOptions, argv, "main.py", "")
+
+
+def parse_child(*argv: str) -> ChildOptions:
+    return options.parse(ChildOptions, argv, "retrain.py", "")
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -97,14 +102,43 @@ def test_bad_config_files_are_one_line(content: str, tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid_and_say_what_to_expect(path: Path) -> None:
-    parse(f"--config={path}")
+    script = "retrain" if path.stem.startswith("retrain") else "main"
+    (parse_child if script == "retrain" else parse)(f"--config={path}")
     head = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
-    for word in ("python main.py", "Hardware", "Time", "Accuracy"):
+    for word in (f"python {script}.py", "Hardware", "Time", "Accuracy"):
         assert word in head
-    assert path.stem == "paper" or all(
+    if path.stem in ("paper", "retrain_cifar10", "retrain_imagenet"):
+        assert "by us" in head
+        return
+    assert all(
         any(c.isdigit() for c in line) for line in head.splitlines() if line.startswith(("# Time", "# Accuracy"))
     )
+
+
+def test_defaults_of_the_child_are_those_of_the_paper() -> None:
+    opt = parse_child()
+    assert (opt.init_channels, opt.layers, opt.batch_size, opt.epochs) == (36, 20, 96, 600)
+    assert (opt.learning_rate, opt.learning_rate_min, opt.schedule) == (0.025, 0.0, "cosine")
+    assert (opt.auxiliary, opt.auxiliary_weight, opt.drop_path_prob) == (True, 0.4, 0.2)
+    assert (opt.cutout, opt.cutout_length, opt.crop_padding, opt.flip) == (True, 16, 4, "horizontal")
+    assert parse_child("--config=options/presets/retrain_cifar10.yaml") == ChildOptions(name="retrain_cifar10")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--genotype=random:x"], "random:3"),
+        (["--match_params=9"], "--genotype random"),
+        (["--layers=2"], "--layers 2"),
+    ],
+)
+def test_options_of_the_child_are_checked(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_child(*argv)
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
 
 
 def test_the_paper_preset_states_the_defaults() -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 import checkpoint
 import engine
+import experiment
 import genotypes
 import main
 import search
@@ -191,7 +192,7 @@ def test_one_step_moves_theta_and_alpha_by_sgd_and_adam_with_clipped_gradients(a
     import options
 
     opt = options.parse(TrainOptions, [*arguments, "--grad_clip=0.1", "--arch_grad_clip=0.001"], "main.py", "")
-    run = engine.open_run(opt, "weights")
+    run = experiment.open_run(opt, "weights")
     learner = search.build(opt, run.data.info, lambda *_: search.cross_entropy)
     before = copy.deepcopy(learner.network)
     images, targets = next(run.data.train_batches(8, 1, run.device))
@@ -233,7 +234,9 @@ def test_child_accuracy_is_that_of_the_child_network_with_the_supernets_weights(
     found = main.main(arguments)
     content = checkpoint.load(found.folder / "weights_epoch_2.pt")
     opt = options.parse(TrainOptions, arguments, "main.py", "")
-    run = engine.Run(opt, "weights", found.folder, torch.device("cpu"), __import__("data").Data(opt, content["split"]))
+    run = experiment.Run(
+        opt, "weights", found.folder, torch.device("cpu"), __import__("data").Data(opt, content["split"])
+    )
     network = search.make_network(opt, run.data.info)
     network.load_state_dict(content["parts"]["network"])
     child = ChildNetwork(found.genotype, 4, 3, 3, affine=False)

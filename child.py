@@ -1,0 +1,143 @@
+"""The child of a genotype: finding the genotype, making the network, giving it weights."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+import cost
+import genotypes
+import utils
+from data import DataInfo
+from genotypes import Genotype
+from model import ChildNetwork
+from model_search import Network
+from options import UserError
+from options.child_option import ChildOptions
+
+_TRIES = 20_000  # draws of random:SEED with --match_params
+
+
+def make_child(opt: ChildOptions, genotype: Genotype, info: DataInfo) -> ChildNetwork:
+    """The network of the options and the data, randomly initialised from the seed.
+
+    Raises:
+        UserError: the images are too small for the auxiliary head.
+    """
+    height, width = info.image_size
+    halvings = 5 if opt.stem == "imagenet" else 2  # before the auxiliary head
+    least = 7 if opt.stem == "imagenet" else 8
+    side = -(-min(height, width) // 2**halvings)
+    if opt.auxiliary and side < least:
+        raise UserError(
+            f"--auxiliary True needs features of {least}x{least} at two thirds of the depth, images of "
+            f"{width}x{height} give {side}x{side}; use --auxiliary False"
+        )
+    torch.manual_seed(utils.fold(opt.seed, "init"))
+    return ChildNetwork(
+        genotype, opt.init_channels, len(info.classes), opt.layers, opt.auxiliary, opt.stem, in_channels=info.channels
+    )
+
+
+def find_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
+    """The genotype that --genotype names.
+
+    Raises:
+        UserError: there is none of that name, its file is malformed, or no random one has the parameters wanted.
+    """
+    name = opt.genotype
+    if name in genotypes.GENOTYPES:
+        return genotypes.GENOTYPES[name]
+    if name.startswith("random:"):
+        return _random_genotype(opt, info)
+    for path in (Path(name), Path(opt.experiments_dir) / name / "genotype.json"):
+        if path.is_file():
+            try:
+                return Genotype.from_json(path.read_text(encoding="utf-8"))
+            except (ValueError, OSError) as error:
+                raise UserError(f"--genotype {path}: {error}") from None
+    raise UserError(
+        f"--genotype {name} is no experiment in {opt.experiments_dir} that ended, no file, and none of "
+        f"{', '.join(genotypes.GENOTYPES)}, random:SEED"
+    )
+
+
+def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
+    source = random.Random(int(opt.genotype.partition(":")[2]))
+    if opt.match_params is None:
+        return genotypes.random_genotype(opt.space, source)
+    fixed, seen = None, []
+    for _ in range(_TRIES):
+        genotype = genotypes.random_genotype(opt.space, source)
+        ops = cost.ops_params(genotype, opt.init_channels, opt.layers)
+        if fixed is None:  # stem, preparations, classifier: the same for every draw
+            fixed = child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem)[0] - ops
+        seen.append(fixed + ops)
+        if abs(seen[-1] - opt.match_params) <= 0.05 * opt.match_params:
+            return genotype
+    raise UserError(
+        f"--match_params {opt.match_params}: of {len(seen)} random genotypes of this size none came within 5 %; "
+        f"they have {min(seen):,} to {max(seen):,} parameters"
+    )
+
+
+def child_cost(genotype: Genotype, init_channels: int, layers: int, info: DataInfo, stem: str) -> tuple[int, int]:
+    """Parameters and multiply-adds of a child without an auxiliary head, for one image of the data."""
+    with torch.device("meta"):
+        child = ChildNetwork(genotype, init_channels, len(info.classes), layers, stem=stem, in_channels=info.channels)
+        image = torch.empty(1, info.channels, *info.image_size)
+    return cost.count_params(child), cost.count_flops(child, image)
+
+
+def load_child(content: Mapping[str, Any]) -> tuple[ChildNetwork, Genotype]:
+    """The network of a child's checkpoint, in eval mode, without auxiliary head; averaged weights if there are."""
+    opt, info = options_of(content), DataInfo(**content["data"])
+    genotype = Genotype.from_dict(content["extra"]["genotype"])
+    child = ChildNetwork(
+        genotype, opt.init_channels, len(info.classes), opt.layers, stem=opt.stem, in_channels=info.channels
+    )
+    parts = content["parts"]
+    average = {k.removeprefix("module."): v for k, v in parts.get("average", {}).items() if k != "n_averaged"}
+    state = average or parts["network"]
+    child.load_state_dict({name: value for name, value in state.items() if not name.startswith("auxiliary.")})
+    return child.eval(), genotype
+
+
+def options_of(content: Mapping[str, Any]) -> ChildOptions:
+    """The options of a child's checkpoint; what this version does not know is left out."""
+    known = {field.name for field in fields(ChildOptions)}
+    return ChildOptions(**{name: value for name, value in content["options"].items() if name in known})
+
+
+def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> None:
+    """Copy the weights of the supernet of --init_from wherever names and shapes agree.
+
+    The running statistics that come with them are a supernet's: estimate them anew (engine.estimate_statistics).
+
+    Raises:
+        UserError: the experiment has no supernet, or one that does not hold the genotype.
+    """
+    supernet = Network.from_checkpoint(supernet_checkpoint(opt))
+    try:
+        supernet.one_hot(genotype)
+    except ValueError as error:
+        raise UserError(f"--init_from {opt.init_from}: {error}") from None
+    own, found = network.state_dict(), supernet.child_state_dict(genotype)
+    fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
+    network.load_state_dict(own | fitting)
+    names = [name for name, _ in network.named_parameters() if not name.startswith("auxiliary.")]
+    taken = sum(name in fitting for name in names)
+    print(f"init     {taken} of {len(names)} weights from the supernet of {opt.init_from}; the others are new")
+
+
+def supernet_checkpoint(opt: ChildOptions) -> dict[str, Any]:
+    """The newest checkpoint of the search --init_from; raises UserError."""
+    folder = Path(opt.experiments_dir) / str(opt.init_from)
+    known = checkpoint.epochs(folder, "weights")
+    if not known:
+        raise UserError(f"--init_from {opt.init_from}: no search checkpoint in {folder}")
+    return checkpoint.load(checkpoint.path_of(folder, "weights", known[-1]))

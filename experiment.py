@@ -1,0 +1,194 @@
+"""An experiment: its folder, options, data and device, what is kept of it, and what it says before it starts."""
+
+import copy
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import checkpoint
+import cost
+import data
+import options
+import utils
+from options import UserError
+from options.default_option import RunOptions
+
+# Options that may change when a run is resumed: what is computed stays the same function of the same images.
+FREE = {
+    "resume",
+    "eval_only",
+    "save_freq",
+    "report_freq",
+    "experiments_dir",
+    "visualizations_dir",
+    "download",
+    "data_dir",
+} | {
+    "dataset",  # the images may have moved: their names, number, size, mean and std are compared
+    "device",
+    "max_ram_gb",
+    "cache_dir",
+}
+# What a start that never reached a checkpoint leaves behind; it may be written over.
+_LEFTOVERS = ("options.yaml", "split.json", "metrics.jsonl", "events.out.tfevents.*", ".*.tmp")
+
+
+class Stateful(Protocol):
+    """Whatever a checkpoint has to bring back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+@dataclass
+class Run:
+    """A run in progress: its options, folder, device, data, and where it stands."""
+
+    opt: RunOptions
+    stem: str  # checkpoints are STEM_epoch_N.pt
+    folder: Path
+    device: torch.device
+    data: data.Data
+    epoch: int = 0  # the last finished one
+    loaded: Mapping[str, Any] | None = None  # the checkpoint it goes on from
+    extra: dict[str, Any] = field(default_factory=dict)  # plain containers to keep in the checkpoints
+
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
+        """Put the loaded checkpoint, if any, into everything that learns."""
+        if self.loaded is not None:
+            for name, part in parts.items():
+                part.load_state_dict(self.loaded["parts"][name])
+
+    def save(self, epoch: int, parts: Mapping[str, Stateful], metrics: Mapping[str, Any]) -> None:
+        """Write the checkpoint of an epoch; drop the one before unless save_freq keeps it."""
+        content = {
+            "stem": self.stem,
+            "epoch": epoch,
+            "options": options.to_dict(self.opt),
+            "data": self.data.info.to_dict(),
+            "split": self.data.split,
+            "metrics": dict(metrics),
+            "extra": self.extra,
+            "parts": {name: part.state_dict() for name, part in parts.items()},
+        }
+        checkpoint.save(checkpoint.path_of(self.folder, self.stem, epoch), content)
+        if self.epoch and self.epoch % self.opt.save_freq:
+            checkpoint.path_of(self.folder, self.stem, self.epoch).unlink(missing_ok=True)
+        self.epoch = epoch
+
+
+def open_run(
+    opt: RunOptions, stem: str, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
+) -> Run:
+    """Check the name, read the data, create the folder or find the checkpoint to resume from.
+
+    Args:
+        opt: the options.
+        stem: checkpoints are STEM_epoch_N.pt.
+        split: names of the images per split; that of the checkpoint, or a new one, if None.
+        train_on_valid: train on the validation split too.
+    Raises:
+        UserError: the experiment exists, its options differ, or the data cannot be used.
+    """
+    folder = Path(opt.experiments_dir) / opt.name
+    done = checkpoint.epochs(folder, stem) if opt.resume else []
+    if not done:
+        _check_free(folder)
+    device = utils.pick_device(opt.device)
+    loaded = checkpoint.load(checkpoint.path_of(folder, stem, done[-1])) if done else None
+    if loaded:
+        check_same_options(opt, loaded["options"], folder)
+    run_data = data.Data(opt, loaded["split"] if loaded else split, train_on_valid)
+    if loaded and run_data.info.to_dict() != loaded["data"]:
+        raise UserError(f"--dataset {opt.dataset} does not hold the images of the run in {folder}; use a new --name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--experiments_dir {opt.experiments_dir} cannot be written: {error.strerror}") from None
+    options.save(opt, folder / "options.yaml", f"python {Path(sys.argv[0]).name} --config {folder}/options.yaml")
+    data.write_split(folder / "split.json", run_data, opt)
+    return Run(opt, stem, folder, device, run_data, loaded["epoch"] if loaded else 0, loaded)
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder that holds more than a start which never finished an epoch."""
+    if any(path.exists() and not path.is_dir() for path in (folder, folder.parent)):
+        raise UserError(f"{folder} cannot be made: a file is in the way; change --name or --experiments_dir")
+    if not folder.exists():
+        return
+    kept = {p.name for p in folder.iterdir()} - {p.name for pattern in _LEFTOVERS for p in folder.glob(pattern)}
+    metrics = folder / "metrics.jsonl"
+    if kept or (metrics.exists() and metrics.stat().st_size):
+        raise UserError(f"{folder} exists; give another --name, or --resume True if it has a checkpoint to go on from")
+
+
+def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path) -> None:
+    """Refuse options that differ from those of the run in the folder, but for FREE ones; raises UserError."""
+    now = options.to_dict(opt)
+    changed = [name for name in now if name not in FREE and now[name] != stored.get(name)]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"--{name} is {now[name]} but the run in {folder} has {stored.get(name)}: a resumed run keeps its options; "
+            f"use --config {folder}/options.yaml --resume True, or a new --name"
+        )
+
+
+def check_finite(run: Run, name: str, value: float, epoch: int) -> None:
+    """Stop the run where a figure is no number, before it is saved; raises UserError."""
+    if not math.isfinite(value):
+        good = checkpoint.path_of(run.folder, run.stem, run.epoch) if run.epoch else "none yet"
+        raise UserError(
+            f"{name} became {value} in epoch {epoch}; last good checkpoint: {good}; "
+            "try a lower --learning_rate or --precision fp32 under a new --name"
+        )
+
+
+def announce(run: Run, network: nn.Module, seconds: float, *architecture: Any) -> None:
+    """Say what is about to happen, before the first step.
+
+    Args:
+        run, network: what is trained, called as network(images, *architecture).
+        seconds: how long the run is expected to take.
+        architecture: NamedTuples of tensors, of which the shapes matter.
+    """
+    opt, info = run.opt, run.data.info
+    image = torch.empty(1, info.channels, *info.image_size, device="meta")
+    meta = copy.deepcopy(network).to("meta")
+    shapes = [type(part)(*(t.detach().to("meta") for t in part)) for part in architecture]
+    flops = cost.count_flops(meta, image, *shapes)
+    height, width = info.image_size
+    sizes = ", ".join(f"{sum(counts):,} {name}" for name, counts in info.counts.items())
+    rarest, commonest = min(info.counts["train"]), max(info.counts["train"])
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    print(f"device   {run.device}{threads}, {opt.precision}{', compiled' if opt.compile else ''}")
+    print(f"data     {opt.dataset}: {width}x{height}, {info.channels} channels; {len(info.classes)} classes; {sizes}")
+    print(
+        f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"
+    )
+    print(f"network  {cost.count_params(network):,} parameters, {flops / 1e6:,.1f} Mflops (multiply-adds) an image")
+    print(
+        f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {run.data.steps(opt.batch_size)} steps each, "
+        f"about {_duration(seconds)} (a guess from a few steps)",
+        flush=True,
+    )
+    for name, counts in info.counts.items():
+        empty = [c for c, count in zip(info.classes, counts, strict=True) if not count]
+        if empty and sum(counts):
+            print(f"warning: the {name} split has no image of {', '.join(empty)}")
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return "a minute"
+    if minutes < 90:
+        return f"{minutes:.0f} minutes"
+    return f"{minutes / 60:.0f} hours" if minutes < 48 * 60 else f"{minutes / 60 / 24:.0f} days"

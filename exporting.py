@@ -1,0 +1,285 @@
+"""A trained child as a file that runs without this repository, checked, timed and described."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import child
+import cost
+import utils
+from data import Data, DataInfo
+from options import UserError
+from options.export_option import ExportOptions
+
+Predict = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]  # images (B, C, H, W) -> logits (B, classes)
+
+
+class Exported(NamedTuple):
+    """What an export leaves: the file, its cards, and what the card says."""
+
+    path: Path
+    cards: list[Path]
+    card: dict[str, Any]
+
+
+class Deployed(nn.Module):
+    """The child with its normalisation: images as they come from a file -> logits.
+
+    Args:
+        network: the child, in eval mode.
+        info: of its data; mean and std are those of pixels in 0..1.
+        scale: the value of a white pixel: 255 for bytes, 1 for floats.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, info: DataInfo, scale: float) -> None:
+        super().__init__()
+        self.network = network
+        for parameter in network.parameters():  # plain strides, which every format stores as they are
+            parameter.data = parameter.data.contiguous().clone()
+        self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1) * scale)
+        self.register_buffer("std", torch.tensor(info.std).view(1, -1, 1, 1) * scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 or float32 -> (B, classes) float32."""
+        logits: Tensor = self.network((images.float() - self.mean) / self.std)[0]
+        return logits
+
+
+def run_export(opt: ExportOptions) -> Exported:
+    """Export a child, compare the reloaded file with it, measure its latency, write its model card.
+
+    Raises:
+        UserError: no such checkpoint, a file in the way, a missing package, or a file that disagrees with the model.
+    """
+    source = _find_checkpoint(opt)
+    content = checkpoint.load(source)
+    if content.get("stem") != "child":
+        raise UserError(f"--checkpoint {source} is a search's; retrain its child first: python retrain.py")
+    path = Path(opt.out) if opt.out else source.with_name(f"child.{opt.format}")
+    cards = [path.with_suffix(".md"), path.with_suffix(".json")]
+    for file in (path, *cards):
+        if file.exists():
+            raise UserError(f"{file} exists; name another file with --out")
+    network, genotype = child.load_child(content)
+    info = DataInfo(**content["data"])
+    model = Deployed(network, info, 255 if opt.input == "uint8" else 1).eval()
+    images, kind = _images(opt, content, info)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if opt.format == "onnx":
+        predict = _export_onnx(model, images, path, _metadata(info, opt))
+    else:
+        predict = _export_pt2(model, images, path, _metadata(info, opt))
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    got = predict(images.numpy())
+    difference = float(np.abs(got - wanted).max())
+    print(f"compared with the model on {len(images)} {kind}: largest difference of a logit {difference:.2e}")
+    if not difference <= 1e-3 * max(1.0, float(np.abs(wanted).max())):
+        path.unlink()
+        raise UserError(f"{path} computes something else than the model (difference {difference:.2e}): not kept")
+    card = {
+        "file": path.name,
+        "format": opt.format,
+        "input": f"images: {opt.input} (B, {info.channels}, {info.image_size[0]}, {info.image_size[1]}), "
+        + ("0..255" if opt.input == "uint8" else "0..1"),
+        "output": f"logits: float32 (B, {len(info.classes)})",
+        "classes": info.classes,
+        "mean": info.mean,
+        "std": info.std,
+        "params": cost.count_params(network),
+        "flops": child.child_cost(genotype, *_shape(content), info, content["options"]["stem"])[1],
+        "test": _test_figures(source.parent),
+        "largest_difference": difference,
+        "compared_on": f"{len(images)} {kind}",
+        "latency": _latency(predict, images[:1].numpy(), opt.format),
+        "data": content["options"]["dataset"],
+        "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
+        "epoch": content["epoch"],
+        "commit": _commit(),
+        "genotype": genotype.to_dict(),
+        "options": content["options"],
+    }
+    utils.write_atomic(cards[1], json.dumps(card, indent=1) + "\n")
+    utils.write_atomic(cards[0], _markdown(card))
+    print(f"written  {path}, {cards[0]}, {cards[1]}")
+    return Exported(path, cards, card)
+
+
+def _find_checkpoint(opt: ExportOptions) -> Path:
+    given = Path(opt.checkpoint)
+    if given.is_file():
+        return given
+    folder = Path(opt.experiments_dir) / opt.checkpoint
+    known = checkpoint.epochs(folder, "child")
+    if not known:
+        raise UserError(f"--checkpoint {opt.checkpoint}: no such file, and no child checkpoint in {folder}")
+    return checkpoint.path_of(folder, "child", known[-1])
+
+
+def _shape(content: Mapping[str, Any]) -> tuple[int, int]:
+    return content["options"]["init_channels"], content["options"]["layers"]
+
+
+def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> tuple[Tensor, str]:
+    """Images to compare on, in the type the exported model takes, and what they are."""
+    stored = child.options_of(content)
+    stored = replace(stored, dataset=opt.dataset or stored.dataset, data_dir=opt.data_dir)
+    try:
+        data = Data(stored, content["split"])
+        pixels, kind = data.pixels[data.indices["test"][: max(2, opt.check_images)]], "test images"
+        if list(pixels.shape[1:]) != [info.channels, *info.image_size]:
+            raise UserError(f"--dataset {stored.dataset} holds other images than those of the training")
+    except UserError as error:
+        if opt.dataset:
+            raise
+        print(f"note: no test images to compare on ({error}); random ones are taken: give --dataset")
+        shape = (max(2, opt.check_images), info.channels, *info.image_size)
+        pixels, kind = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator()), "random images"
+    return (pixels if opt.input == "uint8" else pixels.float() / 255), kind
+
+
+def _metadata(info: DataInfo, opt: ExportOptions) -> dict[str, str]:
+    """What a user of the file needs to know, kept inside it; values are JSON but for the mode of PIL."""
+    height, width = info.image_size
+    return {
+        "classes": json.dumps(info.classes),
+        "size": json.dumps([width, height]),
+        "mode": "L" if info.channels == 1 else "RGB",
+        "input": opt.input,
+    }
+
+
+def _export_onnx(model: Deployed, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ImportError as error:
+        raise UserError(f"--format onnx needs {error.name}: pip install -r requirements-export.txt") from None
+    torch.onnx.export(
+        model,
+        (images[:2],),
+        path,
+        dynamo=True,
+        external_data=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    proto = onnx.load(path)
+    onnx.helper.set_model_props(proto, dict(metadata))
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(None, {"images": pixels})[0]
+
+
+def _export_pt2(model: Deployed, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
+    loaded = torch.export.load(path).module()
+
+    def predict(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        with torch.no_grad():
+            return loaded(torch.from_numpy(pixels)).numpy()
+
+    return predict
+
+
+def _latency(predict: Predict, image: np.ndarray[Any, Any], kind: str) -> dict[str, Any]:
+    """Milliseconds for one image, median and 10th to 90th percentile of 100 calls after 20 to warm up."""
+    times = []
+    for call in range(120):
+        start = time.perf_counter()
+        predict(image)
+        if call >= 20:
+            times.append(1000 * (time.perf_counter() - start))
+    tenths = statistics.quantiles(times, n=10)
+    return {
+        "latency_ms": statistics.median(times),
+        "p10_ms": tenths[0],
+        "p90_ms": tenths[-1],
+        "n": len(times),
+        "batch": 1,
+        "runtime": "onnxruntime" if kind == "onnx" else "torch.export, eager",
+        "device": f"{_processor()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if (info.exists())
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _test_figures(folder: Path) -> dict[str, Any] | None:
+    """acc, balanced_acc, ece, per-class accuracies and number of images of the test.json beside the checkpoint."""
+    path = folder / "test.json"
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {name: stored[name] for name in ("acc", "balanced_acc", "ece", "test_images", "per_class_acc")}
+
+
+def _markdown(card: Mapping[str, Any]) -> str:
+    test, latency = card["test"], card["latency"]
+    lines = [f"# {card['file']}", ""]
+    if test:
+        lines += [
+            f"An image classifier with **{test['acc']:.2f} %** accuracy ({test['balanced_acc']:.2f} % balanced, "
+            f"calibration error {test['ece']:.3f}) on {test['test_images']:,} test images that it was not trained on.",
+        ]
+    else:
+        lines += ["An image classifier that has not been tested."]
+    lines += [
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| input | {card['input']}; normalisation is inside |",
+        f"| output | {card['output']} |",
+        f"| size | {card['params']:,} parameters, {card['flops'] / 1e6:,.2f} Mflops (multiply-adds) an image |",
+        f"| latency | {latency['latency_ms']:.2f} ms an image ({latency['p10_ms']:.2f} to {latency['p90_ms']:.2f}, "
+        f"n = {latency['n']}), {latency['runtime']}, {latency['device']} |",
+        f"| file against model | logits differ by at most {card['largest_difference']:.1e} on {card['compared_on']} |",
+        f"| data | {card['data']} |",
+        f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
+        f"| training | {card['epoch']} epochs, seed {card['options']['seed']}, commit {card['commit'][:12]} |",
+        "",
+        "| class | training images | test accuracy |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, count in card["train_images_per_class"].items():
+        share = test["per_class_acc"].get(name) if test else None
+        lines.append(f"| {name} | {count:,} | {'-' if share is None else f'{share:.1f} %'} |")
+    for kind in ("normal", "reduce"):
+        lines += ["", f"{kind} cell:", ""]
+        for index, node in enumerate(card["genotype"][kind]):
+            lines.append(f"- node {index}: " + (", ".join(f"{op} of {source}" for op, source in node) or "no input"))
+    return "\n".join(lines) + "\n"

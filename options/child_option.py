@@ -1,0 +1,85 @@
+"""The options of retrain.py. Defaults are the paper's values for CIFAR-10."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from options import HalfOpenUnit, UserError
+from options.default_option import RunOptions
+
+
+@dataclass(frozen=True)
+class ChildOptions(RunOptions):
+    """Training the network of a genotype from scratch, or from a supernet's weights."""
+
+    name: str = "child"
+    """Name of the experiment: a folder of experiments_dir. An existing one is never overwritten."""
+    genotype: str = "search"
+    """An experiment, a genotype.json, a published name (SNAS_mild, DARTS_V2, ...), or random:SEED."""
+    match_params: PositiveInt | None = None
+    """With random:SEED, draw until the child has this many parameters, give or take 5 %."""
+    space: Literal["snas", "nasnet", "amoebanet"] = "snas"
+    """With random:SEED, the operation space drawn from."""
+    split: str | None = None
+    """A split.json to use. Default: that of the experiment if --genotype names one, else a new one."""
+    use_valid: bool = True
+    """Train on the training and the validation split; False keeps validation for a figure every epoch."""
+    init_from: str | None = None
+    """An experiment whose supernet gives the initial weights, where shapes agree, instead of random ones."""
+    eval_only: bool = False
+    """Evaluate on the test split and stop: the newest checkpoint of --name, or the weights of --init_from."""
+
+    init_channels: PositiveInt = 36
+    """C, channels of the first cell's nodes."""
+    layers: PositiveInt = 20
+    """Number of cells; reduction cells at layers // 3 and 2 * layers // 3. At least 3."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """cifar keeps the size of the images, imagenet divides it by 8 before the first cell."""
+    auxiliary: bool = True
+    """Train with an auxiliary head at two thirds of the depth; needs features of 5 x 5 or more there."""
+    auxiliary_weight: NonNegativeFloat = 0.4
+    """Weight of the auxiliary head's loss."""
+    drop_path_prob: HalfOpenUnit = 0.2
+    """Probability that a sample skips an operation, reached linearly in the last epoch."""
+    cutout: bool = True
+    """Blank a random square in every training image."""
+
+    batch_size: PositiveInt = 96
+    """Images a training step."""
+    epochs: PositiveInt = 600
+    """Passes over the training images."""
+    learning_rate: PositiveFloat = 0.025
+    """Of SGD, at the start."""
+    schedule: Literal["cosine", "exponential"] = "cosine"
+    """cosine falls to learning_rate_min; exponential multiplies by lr_decay every epoch."""
+    learning_rate_min: NonNegativeFloat = 0.0
+    """At the end of the cosine."""
+    lr_decay: PositiveFloat = 0.97
+    """Of the exponential schedule."""
+    momentum: HalfOpenUnit = 0.9
+    """Of SGD."""
+    weight_decay: NonNegativeFloat = 3e-4
+    """Of SGD."""
+    grad_clip: PositiveFloat = 5.0
+    """Largest norm of the gradient."""
+    label_smoothing: HalfOpenUnit = 0.0
+    """Share of the target spread over all classes."""
+    ema_decay: HalfOpenUnit = 0.0
+    """Decay a step of an exponential moving average of the weights, which is then evaluated; 0 is without."""
+    calibration_batches: PositiveInt = 8
+    """Training batches (of eval_batch_size) that give a supernet's weights their batch-norm statistics."""
+
+    def check(self) -> None:
+        super().check()
+        if self.layers < 3:
+            raise UserError(f"--layers {self.layers}: a network has at least 3 cells, two of which reduce")
+        if self.learning_rate_min > self.learning_rate:
+            raise UserError(
+                f"--learning_rate_min {self.learning_rate_min} is above --learning_rate {self.learning_rate}"
+            )
+        drawn = self.genotype.partition(":")
+        if drawn[0] == "random" and drawn[1] and not drawn[2].isdigit():
+            raise UserError(f"--genotype {self.genotype}: the seed is a number, as in random:3")
+        if self.match_params is not None and not self.genotype.startswith("random:"):
+            raise UserError("--match_params goes with --genotype random:SEED")

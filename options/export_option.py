@@ -1,0 +1,28 @@
+"""The options of export_model.py."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeInt
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which child, and as what."""
+
+    checkpoint: str = "child"
+    """A child's checkpoint (child_epoch_N.pt), or an experiment of retrain.py, whose newest is taken."""
+    format: Literal["onnx", "pt2"] = "onnx"
+    """onnx, or pt2 (torch.export)."""
+    input: Literal["uint8", "float"] = "uint8"
+    """Images the model takes: uint8 0..255, or float32 0..1, of shape (B, C, H, W); normalisation is inside."""
+    out: str | None = None
+    """The file to write. Default: child.onnx or child.pt2 beside the checkpoint. Nothing is overwritten."""
+    check_images: NonNegativeInt = 256
+    """Test images on which the reloaded file is compared with the model; fewer if there are fewer."""
+    dataset: str | None = None
+    """Where the data set lies now. Default: where it lay in training; without it random images are compared."""
+    experiments_dir: str = "experiments"
+    """Where runs lie."""
+    data_dir: str = "data"
+    """Where data sets called by name lie."""

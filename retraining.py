@@ -1,0 +1,248 @@
+"""Retraining: a child trained from scratch or from a supernet's weights, and tested once."""
+
+import copy
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import checkpoint
+import child
+import engine
+import experiment
+import utils
+from data import Data
+from experiment import Run, Stateful
+from genotypes import Genotype
+from model import ChildNetwork
+from options import UserError
+from options.child_option import ChildOptions
+
+
+class Tested(NamedTuple):
+    """What retraining leaves: its folder, the genotype, the figures of test.json."""
+
+    folder: Path
+    genotype: Genotype
+    figures: dict[str, Any]
+
+
+@dataclass
+class Learner:
+    """What is trained and what trains it."""
+
+    network: ChildNetwork
+    optimizer: torch.optim.SGD
+    scheduler: LRScheduler
+    average: AveragedModel | None  # exponential moving average of the weights
+
+    def parts(self) -> dict[str, Stateful]:
+        """All of it, by name, for the checkpoint."""
+        return {name: part for name, part in vars(self).items() if part is not None}
+
+    def evaluated(self) -> ChildNetwork:
+        """The network whose figures count: the average, if there is one."""
+        return cast(ChildNetwork, self.average.module) if self.average is not None else self.network
+
+
+def build(opt: ChildOptions, network: ChildNetwork) -> Learner:
+    """The child with SGD, its schedule and, with --ema_decay, the average of its weights."""
+    optimizer = torch.optim.SGD(network.parameters(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay)
+    scheduler: LRScheduler
+    if opt.schedule == "cosine":
+        scheduler = CosineAnnealingLR(optimizer, opt.epochs, opt.learning_rate_min)
+    else:
+        scheduler = ExponentialLR(optimizer, opt.lr_decay)
+    average = None
+    if opt.ema_decay:
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(opt.ema_decay), use_buffers=True)
+    return Learner(network, optimizer, scheduler, average)
+
+
+def run_retrain(opt: ChildOptions) -> Tested:
+    """Train the child of a genotype, then test it once and write test.json; or, with --eval_only, just test.
+
+    Raises:
+        UserError: options, data, genotype or experiment cannot be used, or a figure became infinite.
+    """
+    if opt.eval_only:
+        return _evaluate_only(opt)
+    run = experiment.open_run(opt, "child", _split(opt), opt.use_valid)
+    if not len(run.data.indices["test"]):
+        raise UserError("the split has no test images; give a --test_portion above 0")
+    genotype = _stored_genotype(run) or child.find_genotype(opt, run.data.info)
+    run.extra["genotype"] = genotype.to_dict()
+    learner = build(opt, _initial(run, opt, genotype))
+    if learner.average is not None:
+        learner.average.to(run.device)
+    run.restore(learner.parts())
+    experiment.announce(run, _without_head(learner.network), _estimate_seconds(run, learner))
+    if opt.compile:
+        for cell in learner.network.cells:
+            cell.compile()
+    engine.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
+    result = test_figures(run, learner.evaluated(), genotype)
+    utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
+    utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
+    print(f"test     {_in_words(result)}\n         {run.folder / 'test.json'}")
+    return Tested(run.folder, genotype, result)
+
+
+def _split(opt: ChildOptions) -> dict[str, list[str]] | None:
+    """The split of --split, or of the experiment of --genotype or --init_from: its test images stay unseen."""
+    named = [opt.split] if opt.split else []
+    named += [str(Path(opt.experiments_dir) / name / "split.json") for name in (opt.genotype, opt.init_from) if name]
+    for path in map(Path, named):
+        if path.is_file():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                return {part: [str(name) for name in stored[part]] for part in ("train", "valid", "test")}
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"--split {path} is no split.json: it has the lists train, valid and test") from None
+        if str(path) == opt.split:
+            raise UserError(f"--split {path}: no such file; take the split.json of an experiment")
+    return None
+
+
+def _stored_genotype(run: Run) -> Genotype | None:
+    return Genotype.from_dict(run.loaded["extra"]["genotype"]) if run.loaded else None
+
+
+def _initial(run: Run, opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
+    """The network before training: random, or with the weights of --init_from and statistics that suit them."""
+    network = child.make_child(opt, genotype, run.data.info)
+    if opt.init_from is not None and run.loaded is None:
+        child.inherit(opt, network, genotype)
+        network.to(run.device)
+        batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 0, run.device)
+        engine.estimate_statistics(network, network, batches)
+    return network.to(run.device)
+
+
+def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
+    opt: ChildOptions = run.opt  # type: ignore[assignment]
+    network, start = learner.network.train(), time.perf_counter()
+    network.drop_path_prob = opt.drop_path_prob * (epoch - 1) / max(1, opt.epochs - 1)
+
+    def step(number: int, images: Tensor, targets: Tensor) -> engine.Step:
+        logits, loss = _loss(run, network, images, targets)
+        engine.update(loss, [(learner.optimizer, opt.grad_clip)])
+        if learner.average is not None:
+            learner.average.update_parameters(network)
+        return logits, loss, {}
+
+    row = {"learning_rate": learner.scheduler.get_last_lr()[0], "drop_path_prob": network.drop_path_prob}
+    row |= engine.train_epoch(run, epoch, step)
+    learner.scheduler.step()
+    if not opt.use_valid:
+        evaluated = learner.evaluated().eval()
+        figures = engine.evaluate(run, lambda images: evaluated(images)[0], "valid")
+        row |= {f"valid_{name}": value for name, value in figures._asdict().items()}
+    return row | {"epoch_seconds": time.perf_counter() - start}
+
+
+def _loss(run: Run, network: ChildNetwork, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and cross-entropy plus that of the auxiliary head times its weight."""
+    opt: ChildOptions = run.opt  # type: ignore[assignment]
+    with engine.autocast(run):
+        logits, side = network(images)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=opt.label_smoothing)
+    if side is not None:
+        loss = loss + opt.auxiliary_weight * F.cross_entropy(side.float(), targets, label_smoothing=opt.label_smoothing)
+    return logits, loss
+
+
+def summarise(row: Mapping[str, Any]) -> str:
+    """One epoch for people."""
+    valid = ""
+    if "valid_acc" in row:
+        valid = f"valid {row['valid_acc']:5.2f} % (balanced {row['valid_balanced_acc']:5.2f} %)  "
+    return (
+        f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  train {row['train_acc']:5.2f} %  {valid}"
+        f"lr {row['learning_rate']:.4f}  {row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s"
+    )
+
+
+def test_figures(run: Run, network: ChildNetwork, genotype: Genotype) -> dict[str, Any]:
+    """The content of test.json: what the network does on the test split, and what it costs.
+
+    Accuracies in percent; ece is the expected calibration error over 15 bins, 0 to 1; confusion has a row per
+    true class and a column per guess; params and flops are those of the network without auxiliary head.
+    """
+    from sklearn.metrics import confusion_matrix
+    from torchmetrics.functional.classification import multiclass_calibration_error  # a slow import
+
+    opt: ChildOptions = run.opt  # type: ignore[assignment]
+    info, network = run.data.info, network.eval()
+    logits, labels = engine.predict(run, lambda images: network(images)[0], "test")
+    confusion = confusion_matrix(labels, logits.argmax(1), labels=range(len(info.classes)))
+    shares = {
+        name: 100 * float(row[c] / row.sum()) if row.sum() else None
+        for c, (name, row) in enumerate(zip(info.classes, confusion, strict=True))
+    }
+    params, flops = child.child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem)
+    ece = multiclass_calibration_error(logits.softmax(1), labels, len(info.classes), n_bins=15)
+    return {
+        **engine.figures(logits, labels)._asdict(),
+        "ece": float(ece),
+        "per_class_acc": shares,
+        "confusion": confusion.tolist(),
+        "params": params,
+        "flops": flops,
+        "seed": opt.seed,
+        "train_images": len(run.data.indices["train"]),
+        "test_images": len(labels),
+        "genotype": genotype.to_dict(),
+    }
+
+
+def _in_words(result: Mapping[str, Any]) -> str:
+    return (
+        f"accuracy {result['acc']:.2f} %, balanced {result['balanced_acc']:.2f} %, loss {result['loss']:.3f}, "
+        f"calibration error {result['ece']:.3f} on {result['test_images']:,} images; "
+        f"{result['params']:,} parameters, {result['flops'] / 1e6:,.2f} Mflops"
+    )
+
+
+def _evaluate_only(opt: ChildOptions) -> Tested:
+    """Test the newest checkpoint of --name, or the child with the supernet's weights of --init_from; writes nothing."""
+    device = utils.pick_device(opt.device)
+    folder = Path(opt.experiments_dir) / opt.name
+    if opt.init_from is not None:
+        content = child.supernet_checkpoint(opt)
+        run = Run(opt, "child", folder, device, Data(opt, content["split"]))
+        genotype = child.find_genotype(opt, run.data.info)
+        network = _initial(run, opt, genotype)
+    else:
+        known = checkpoint.epochs(folder, "child")
+        if not known:
+            raise UserError(f"--eval_only True: no child checkpoint in {folder}; give --name or --init_from")
+        content = checkpoint.load(checkpoint.path_of(folder, "child", known[-1]))
+        experiment.check_same_options(opt, content["options"], folder)
+        run = Run(opt, "child", folder, device, Data(opt, content["split"], opt.use_valid))
+        network, genotype = child.load_child(content)
+    if run.data.info.to_dict()["classes"] != content["data"]["classes"]:
+        raise UserError(f"--dataset {opt.dataset} has other classes than the weights")
+    result = test_figures(run, network.to(device), genotype)
+    print(f"test     {_in_words(result)}")
+    return Tested(folder, genotype, result)
+
+
+def _without_head(network: ChildNetwork) -> ChildNetwork:
+    twin = copy.deepcopy(network)
+    twin.auxiliary = None
+    return twin
+
+
+def _estimate_seconds(run: Run, learner: Learner) -> float:
+    twin = copy.deepcopy(learner.network).train()
+    evaluated = 0 if run.opt.use_valid else len(run.data.indices["valid"])  # type: ignore[attr-defined]
+    return engine.estimate_seconds(run, lambda images, targets: _loss(run, twin, images, targets)[1], evaluated)

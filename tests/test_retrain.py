@@ -1,0 +1,223 @@
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import child
+import data
+import genotypes
+import main
+import options
+import retrain
+import retraining
+import utils
+from model import ChildNetwork
+from options import UserError
+from options.child_option import ChildOptions
+
+CLOCK = {"images_per_second", "epoch_seconds"}
+
+
+@pytest.fixture
+def searched(arguments: list[str]) -> list[str]:
+    """A finished search called run, and the command line of a short retraining of its child."""
+    main.main(arguments)
+    return [*arguments[:3], "--genotype=run", "--name=again", "--epochs=3", "--layers=3", "--init_channels=4",
+            "--batch_size=4", "--auxiliary=False", "--crop_padding=1", "--cutout_length=2", "--device=cpu"]  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in utils.read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_retraining_leaves_its_artefacts_and_tests_once(searched: list[str], tmp_path: Path) -> None:
+    tested = retrain.main(searched)
+    stored = json.loads((tested.folder / "test.json").read_text())
+    assert stored == tested.figures
+    assert {"acc", "balanced_acc", "params", "flops", "seed", "ece", "confusion", "per_class_acc"} <= stored.keys()
+    assert checkpoint.epochs(tested.folder, "child") == [3]
+    genotype = genotypes.Genotype.from_json((tmp_path / "experiments" / "run" / "genotype.json").read_text())
+    assert tested.genotype == genotype == genotypes.Genotype.from_dict(stored["genotype"])
+    network = ChildNetwork(genotype, 4, 3, 3)
+    assert stored["params"] == sum(p.numel() for p in network.parameters())
+    assert not any("valid_acc" in row for row in rows(tested.folder))  # it was trained on
+
+
+def test_figures_of_the_test_split_agree_with_each_other_and_the_checkpoint(searched: list[str]) -> None:
+    tested = retrain.main(searched)
+    confusion = np.array(tested.figures["confusion"])
+    assert confusion.sum() == tested.figures["test_images"] == 8
+    assert tested.figures["acc"] == pytest.approx(100 * confusion.trace() / 8)
+    recalls = 100 * confusion.diagonal() / confusion.sum(1)
+    assert list(tested.figures["per_class_acc"].values()) == pytest.approx(recalls)
+    assert tested.figures["balanced_acc"] == pytest.approx(recalls.mean())
+    content = checkpoint.load(tested.folder / "child_epoch_3.pt")
+    network, _ = child.load_child(content)
+    made = data.Data(child.options_of(content), content["split"], train_on_valid=True)
+    images, labels = next(made.batches("test", 99, torch.device("cpu")))
+    with torch.no_grad():
+        logits = network(images)[0]
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert tested.figures["loss"] == pytest.approx(loss, rel=1e-5)
+    again = retrain.main([*searched, "--eval_only=True"])
+    assert again.figures["acc"] == tested.figures["acc"]
+    assert again.figures["ece"] == pytest.approx(tested.figures["ece"])
+
+
+def test_the_test_images_are_those_the_search_held_out(searched: list[str], tmp_path: Path) -> None:
+    tested = retrain.main([*searched, "--seed=9"])
+    search_split = json.loads((tmp_path / "experiments" / "run" / "split.json").read_text())
+    child_split = json.loads((tested.folder / "split.json").read_text())
+    assert all(child_split[part] == search_split[part] for part in ("train", "valid", "test"))
+    assert tested.figures["train_images"] == len(search_split["train"]) + len(search_split["valid"])
+    only = retrain.main([*searched, "--use_valid=False", "--name=only"])
+    assert only.figures["train_images"] == len(search_split["train"])
+    assert all("valid_balanced_acc" in row for row in rows(only.folder))
+
+
+def test_training_never_looks_at_the_test_split(searched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    batches = data.Data.batches
+    monkeypatch.setattr(
+        data.Data, "batches", lambda self, split, *rest: asked.append(split) or batches(self, split, *rest)
+    )
+    retrain.main([*searched, "--use_valid=False"])
+    assert asked == ["valid"] * 3 + ["test"]
+
+
+@pytest.mark.parametrize("extra", [[], ["--ema_decay=0.9", "--schedule=exponential", "--label_smoothing=0.1"]])
+def test_an_interrupted_retraining_resumes_bit_for_bit(
+    searched: list[str], extra: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = retrain.main([*searched, *extra, "--name=whole"])
+    one_epoch = retraining._one_epoch
+
+    def dying(run: object, learner: object, epoch: int) -> object:
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return one_epoch(run, learner, epoch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(retraining, "_one_epoch", dying)
+    with pytest.raises(KeyboardInterrupt):
+        retrain.main([*searched, *extra, "--name=cut"])
+    monkeypatch.undo()
+    resumed = retrain.main([*searched, *extra, "--name=cut", "--resume=True"])
+    assert rows(resumed.folder) == rows(whole.folder)
+    assert resumed.figures == whole.figures
+
+
+def test_schedules_and_drop_path_are_ramped_over_the_run(searched: list[str]) -> None:
+    logged = rows(retrain.main([*searched, "--drop_path_prob=0.2", "--learning_rate=0.1"]).folder)
+    cosine = [0.1 * (1 + np.cos(np.pi * e / 3)) / 2 for e in range(3)]
+    assert [row["learning_rate"] for row in logged] == pytest.approx(cosine)
+    assert [row["drop_path_prob"] for row in logged] == pytest.approx([0, 0.1, 0.2])
+    logged = rows(retrain.main([*searched, "--name=exp", "--schedule=exponential", "--learning_rate=0.1"]).folder)
+    assert [row["learning_rate"] for row in logged] == pytest.approx([0.1, 0.097, 0.09409])
+
+
+def test_the_average_is_the_exponential_one(searched: list[str]) -> None:
+    opt = options.parse(ChildOptions, [*searched, "--ema_decay=0.8"], "", "")
+    network = ChildNetwork(genotypes.GENOTYPES["SNAS_mild"], 2, 3, 3)
+    learner = retraining.build(opt, network)
+    history = []
+    for step in range(4):
+        with torch.no_grad():
+            network.classifier.weight.fill_(step)
+        learner.average.update_parameters(network)
+        history.append(learner.evaluated().classifier.weight[0, 0].item())
+    assert history == pytest.approx([0, 0.2, 0.56, 1.048])
+
+
+def test_the_supernets_weights_are_taken_over_and_give_its_accuracy(
+    searched: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The paper's no-retraining case: the accuracy of the search's child on the validation split, exactly."""
+    content = checkpoint.load(tmp_path / "experiments" / "run" / "weights_epoch_2.pt")
+    split = tmp_path / "swapped.json"  # test on what the search validated on
+    swapped = {"train": content["split"]["train"], "valid": content["split"]["test"], "test": content["split"]["valid"]}
+    split.write_text(json.dumps(swapped))
+    opt = options.parse(ChildOptions, [*searched, "--init_from=run", f"--split={split}"], "", "")
+    run = retraining.Run(opt, "child", Path(), torch.device("cpu"), data.Data(opt, swapped))
+    genotype = child.find_genotype(opt, run.data.info)
+    network = child.make_child(opt, genotype, run.data.info)
+    child.inherit(opt, network, genotype)
+    import engine
+
+    batches = run.data.plain_train_batches(256, 8, 2, run.device)
+    engine.estimate_statistics(network, network, batches)
+    figures = retraining.test_figures(run, network, genotype)
+    assert figures["acc"] == pytest.approx(content["metrics"]["child_valid_acc"])
+    assert figures["loss"] == pytest.approx(content["metrics"]["child_valid_loss"], rel=1e-3)
+    capsys.readouterr()
+    retrain.main([*searched, "--init_from=run", "--eval_only=True"])
+    assert "weights from the supernet of run" in capsys.readouterr().out
+    assert not (tmp_path / "experiments" / "again").exists()
+    tuned = retrain.main([*searched, "--init_from=run", "--init_channels=8"])  # other shapes: only what fits
+    assert tuned.figures["params"] > 0
+
+
+def test_an_auxiliary_head_is_trained_but_not_counted_and_needs_room(arguments: list[str], tmp_path: Path) -> None:
+    from conftest import write_images
+
+    folder = write_images(tmp_path / "large", size=(32, 32), per_class=6)
+    common = [f"--dataset={folder}", arguments[1], "--genotype=SNAS_mild", "--layers=3", "--init_channels=2", "--epochs=1",
+              "--batch_size=4", "--device=cpu", "--test_portion=0.34"]  # fmt: skip
+    tested = retrain.main([*common, "--name=head"])
+    state = checkpoint.load(tested.folder / "child_epoch_1.pt")["parts"]["network"]
+    assert any(name.startswith("auxiliary.") for name in state)
+    bare = ChildNetwork(genotypes.GENOTYPES["SNAS_mild"], 2, 3, 3)
+    assert tested.figures["params"] == sum(p.numel() for p in bare.parameters())
+    with pytest.raises(UserError, match="--auxiliary False"):
+        retrain.main([*common, "--name=small", "--image_size=28"])
+
+
+def test_random_genotypes_are_uniform_and_seeded() -> None:
+    drawn = [genotypes.random_genotype("snas", random.Random(seed)) for seed in range(400)]
+    assert drawn[0] == genotypes.random_genotype("snas", random.Random(0)) != drawn[1]
+    ops = [op for genotype in drawn for _, nodes, _ in genotype.cells() for node in nodes for op, _ in node]
+    shares = [ops.count(op) / (400 * 28) for op in genotypes.PRIMITIVES[1:]]
+    assert shares == pytest.approx([1 / 8] * 7, abs=0.014)  # 4.5 standard errors
+
+
+def test_match_params_draws_until_the_size_fits(searched: list[str]) -> None:
+    matching = [*searched[:3], *searched[4:], "--genotype=random:3"]
+    free = retrain.main([*matching, "--name=free"]).figures["params"]
+    wanted = int(free * 0.8)
+    tested = retrain.main([*matching, f"--match_params={wanted}"])
+    assert abs(tested.figures["params"] - wanted) <= 0.05 * wanted
+    with pytest.raises(UserError, match="they have"):
+        retrain.main([*matching, "--name=no", "--match_params=10000000"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--genotype=nothing"], "no experiment"),
+        (["--genotype={0}/bad.json"], "normal node 0, edge 0: 'sep_conv_9x9'"),
+        (["--genotype=AmoebaNet", "--init_from=run"], "'amoebanet'"),
+        (["--init_from=nothing"], "no search checkpoint"),
+        (["--split={0}/none.json"], "no such file"),
+        (["--split={0}/bad.json"], "no split.json"),
+        (["--test_portion=0", "--genotype=SNAS_mild"], "no test images"),
+        (["--eval_only=True", "--name=nothing"], "no child checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line(searched: list[str], tmp_path: Path, extra: list[str], message: str) -> None:
+    bad = {"normal": [[["sep_conv_9x9", 0]]], "normal_concat": [2], "reduce": [[]], "reduce_concat": [2]}
+    (tmp_path / "bad.json").write_text(json.dumps(bad))
+    with pytest.raises(UserError, match=message) as error:
+        retrain.main([*searched, *(option.format(tmp_path) for option in extra)])
+    assert "\n" not in str(error.value)
+
+
+def test_data_with_other_classes_is_refused(searched: list[str], tmp_path: Path) -> None:
+    from conftest import write_images
+
+    other = write_images(tmp_path / "four", classes=4)
+    with pytest.raises(UserError, match=r"gone|other classes"):
+        retrain.main([*searched, f"--dataset={other}", "--init_from=run", "--eval_only=True"])
