@@ -297,7 +297,7 @@ GENOTYPES: dict[str, Genotype] = {
     "SNAS_aggressive": Genotype(
         _cell("sep5:0 skip:1", "skip:0 skip:1", "skip:0 dil5:1", "skip:0 dil5:1"),
         _FOUR,
-        _cell("sep5:0", "", "", ""),
+        _cell("sep5:0", "sep5:0", "", ""),
         _FOUR,
     ),
     "DARTS_V1": Genotype(
