@@ -131,7 +131,9 @@ def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> Non
     network.load_state_dict(own | fitting)
     names = [name for name, _ in network.named_parameters() if not name.startswith("auxiliary.")]
     taken = sum(name in fitting for name in names)
-    print(f"init     {taken} of {len(names)} weights from the supernet of {opt.init_from}; the others are new")
+    print(
+        f"init     {taken} of {len(names)} weights from the supernet of {opt.init_from}; the others start as in a new network"
+    )
 
 
 def supernet_checkpoint(opt: ChildOptions) -> dict[str, Any]:

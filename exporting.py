@@ -185,7 +185,9 @@ def _export_onnx(model: Deployed, images: Tensor, path: Path, metadata: Mapping[
     onnx.helper.set_model_props(proto, dict(metadata))
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {"images": pixels})[0]
 
 
@@ -217,7 +219,7 @@ def _latency(predict: Predict, image: np.ndarray[Any, Any], kind: str) -> dict[s
         "n": len(times),
         "batch": 1,
         "runtime": "onnxruntime" if kind == "onnx" else "torch.export, eager",
-        "device": f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": f"{_processor()}, threads: {torch.get_num_threads()}",
     }
 
 

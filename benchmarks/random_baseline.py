@@ -72,7 +72,9 @@ def _one(opt: BaselineOptions, name: str, seed: int, genotype: list[str]) -> dic
             + [*genotype, "--resume", "True"]
         )
     figures = json.loads(path.read_text(encoding="utf-8"))
-    return {key: figures[key] for key in ("acc", "balanced_acc", "loss", "ece", "params", "flops", "seed", "test_images")}
+    return {
+        key: figures[key] for key in ("acc", "balanced_acc", "loss", "ece", "params", "flops", "seed", "test_images")
+    }
 
 
 def _markdown(opt: BaselineOptions, result: dict[str, Any]) -> str:

@@ -55,6 +55,8 @@ def test_child_equals_the_supernet_at_one_hot_z(
     images, z = torch.randn(3, channels, *size, dtype=torch.float64), supernet.one_hot(genotype)
     ours, (childs, _) = supernet(images, z), child(images)
     assert torch.allclose(ours, childs, rtol=1e-8, atol=1e-10)
+    with torch.no_grad():
+        assert torch.allclose(supernet.eval()(images, z), child.eval()(images)[0], rtol=1e-8, atol=1e-10)
     ours.square().sum().backward()
     childs.square().sum().backward()
     # the gradients of a supernet, read as a child's
