@@ -32,6 +32,7 @@ class Figures(NamedTuple):
     balanced_acc: float  # mean over the classes present of the share found
 
 
+@torch.compiler.set_stance("force_eager")  # compiled for training; each Z would be compiled anew
 @torch.no_grad()
 def predict(run: Run, forward: Callable[[Tensor], Tensor], split: str) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) float32 and labels (N,) of a whole split, not augmented, on the CPU."""
@@ -58,6 +59,7 @@ def evaluate(run: Run, forward: Callable[[Tensor], Tensor], split: str) -> Figur
     return figures(*predict(run, forward, split))
 
 
+@torch.compiler.set_stance("force_eager")
 def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> None:
     """Set every batch norm of `module` to the mean over batches of each batch's mean and variance.
 

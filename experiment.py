@@ -169,7 +169,7 @@ def announce(run: Run, network: nn.Module, seconds: float, *architecture: Any) -
     rarest, commonest = min(info.counts["train"]), max(info.counts["train"])
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     print(f"device   {run.device}{threads}, {opt.precision}{', compiled' if opt.compile else ''}")
-    print(f"data     {opt.dataset}: {width}x{height}, {info.channels} channels; {len(info.classes)} classes; {sizes}")
+    print(f"data     {opt.dataset}: {width}x{height}x{info.channels}; {len(info.classes)} classes; {sizes}")
     print(
         f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"
     )
