@@ -132,7 +132,8 @@ def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> Non
     names = [name for name, _ in network.named_parameters() if not name.startswith("auxiliary.")]
     taken = sum(name in fitting for name in names)
     print(
-        f"init     {taken} of {len(names)} weights from the supernet of {opt.init_from}; the others start as in a new network"
+        f"init     {taken} of {len(names)} weights from the supernet of {opt.init_from}; "
+        "the others start as in a new network"
     )
 
 

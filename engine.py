@@ -32,8 +32,14 @@ class Figures(NamedTuple):
     balanced_acc: float  # mean over the classes present of the share found
 
 
-@torch.compiler.set_stance("force_eager")  # compiled for training; each Z would be compiled anew
-@torch.no_grad()
+@contextmanager
+def _evaluating() -> Iterator[None]:
+    """No gradients; and nothing compiled: compilation is for training, and each Z would be compiled anew."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@_evaluating()
 def predict(run: Run, forward: Callable[[Tensor], Tensor], split: str) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) float32 and labels (N,) of a whole split, not augmented, on the CPU."""
     logits, labels = [], []
@@ -59,7 +65,7 @@ def evaluate(run: Run, forward: Callable[[Tensor], Tensor], split: str) -> Figur
     return figures(*predict(run, forward, split))
 
 
-@torch.compiler.set_stance("force_eager")
+@_evaluating()
 def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> None:
     """Set every batch norm of `module` to the mean over batches of each batch's mean and variance.
 
@@ -74,11 +80,10 @@ def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], bat
     try:
         for norm in norms:
             norm.train()
-        with torch.no_grad():
-            for count, (images, _) in enumerate(batches, 1):
-                for norm in norms:
-                    norm.momentum = 1 / count  # running = mean of the batches so far
-                forward(images)
+        for count, (images, _) in enumerate(batches, 1):
+            for norm in norms:
+                norm.momentum = 1 / count  # running = mean of the batches so far
+            forward(images)
     finally:
         module.eval()
         for norm, momentum in zip(norms, momenta, strict=True):

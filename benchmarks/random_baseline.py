@@ -82,8 +82,8 @@ def _markdown(opt: BaselineOptions, result: dict[str, Any]) -> str:
         "# The found cell against random ones",
         "",
         f"Every row was retrained from scratch with `{opt.preset}` on the same images and tested once on the same "
-        f"{result['found'][0]['test_images']} images that neither search nor training saw. Random cells are uniform over "
-        "the search space, drawn until their child has the found one's number of parameters, give or take 5 %.",
+        f"{result['found'][0]['test_images']} images that neither search nor training saw. Random cells are uniform "
+        "over the search space, drawn until their child has the found one's number of parameters, give or take 5 %.",
         "",
         f"    {result['command']} --experiment {opt.experiment} --seeds {opt.seeds} --random {opt.random}",
         "",
@@ -102,7 +102,8 @@ def _markdown(opt: BaselineOptions, result: dict[str, Any]) -> str:
     count = result["found"][0]["test_images"]
     lines += [
         "",
-        f"One standard error of an accuracy of 85 % on {count} images is {100 * (0.85 * 0.15 / count) ** 0.5:.1f} points. "
+        f"One standard error of an accuracy of 85 % on {count} images is "
+        f"{100 * (0.85 * 0.15 / count) ** 0.5:.1f} points. "
         "The n of the first row are seeds of one cell, those of the second are cells.",
     ]
     return "\n".join(lines) + "\n"
