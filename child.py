@@ -113,11 +113,13 @@ def options_of(content: Mapping[str, Any]) -> ChildOptions:
     return ChildOptions(**{name: value for name, value in content["options"].items() if name in known})
 
 
-def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> None:
+def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> list[str]:
     """Copy the weights of the supernet of --init_from wherever names and shapes agree.
 
     The running statistics that come with them are a supernet's: estimate them anew (engine.estimate_statistics).
 
+    Returns:
+        The names of convolutions' and linear layers' weights that the supernet did not give.
     Raises:
         UserError: the experiment has no supernet, or one that does not hold the genotype.
     """
@@ -135,6 +137,7 @@ def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> Non
         f"init     {taken} of {len(names)} weights from the supernet of {opt.init_from}; "
         "the others start as in a new network"
     )
+    return [name for name, p in network.named_parameters() if p.dim() > 1 and name in names and name not in fitting]
 
 
 def supernet_checkpoint(opt: ChildOptions) -> dict[str, Any]:

@@ -204,7 +204,10 @@ class Data:
         index = {name: i for i, name in enumerate(pool.names)}
         lost = [name for names in self.split.values() for name in names if name not in index]
         if lost:
-            raise UserError(f"--dataset {opt.dataset}: {len(lost)} images of the run's split are gone, e.g. {lost[0]}")
+            raise UserError(
+                f"--dataset {opt.dataset}: {len(lost)} images of the split are gone, e.g. {lost[0]}; "
+                "use the data that was split"
+            )
         self.indices = {
             name: torch.tensor([index[n] for n in names], dtype=torch.int64) for name, names in self.split.items()
         }
@@ -216,6 +219,10 @@ class Data:
             name: torch.bincount(pool.labels[part], minlength=len(pool.classes)).tolist()
             for name, part in self.indices.items()
         }
+        totals = [sum(column) for column in zip(*counts.values(), strict=True)]
+        if 0 in totals:
+            name = pool.classes[totals.index(0)]
+            raise UserError(f"--dataset {opt.dataset}: the split has no image of {name!r}: it is of other classes")
         size = list(pool.pixels.shape[2:])
         self.info = DataInfo(pool.classes, pool.pixels.shape[1], size, mean, std, counts)
         self._balance, self._seed = opt.balance, opt.seed

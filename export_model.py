@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from exporting import Exported
 
 EXAMPLE = """\
-import json, sys, numpy, onnxruntime, PIL.Image
+import json, sys, numpy, onnxruntime; from PIL import Image, ImageOps
 model = onnxruntime.InferenceSession("child.onnx"); meta = model.get_modelmeta().custom_metadata_map
-image = PIL.Image.open(sys.argv[1]).convert(meta["mode"]).resize(json.loads(meta["size"]))
+image = ImageOps.fit(Image.open(sys.argv[1]).convert(meta["mode"]), json.loads(meta["size"]))
 pixels = numpy.asarray(image).reshape(1, image.height, image.width, -1).transpose(0, 3, 1, 2)
 print(json.loads(meta["classes"])[model.run(None, {"images": pixels})[0].argmax()])
 """

@@ -70,7 +70,7 @@ def run_export(opt: ExportOptions) -> Exported:
     if content.get("stem") != "child":
         raise UserError(f"--checkpoint {source} is a search's; retrain its child first: python retrain.py")
     path = Path(opt.out) if opt.out else source.with_name(f"child.{opt.format}")
-    cards = [path.with_suffix(".md"), path.with_suffix(".json")]
+    cards = [path.with_name(f"{path.name}.{ending}") for ending in ("md", "json")]
     for file in (path, *cards):
         if file.exists():
             raise UserError(f"{file} exists; name another file with --out")
@@ -102,7 +102,7 @@ def run_export(opt: ExportOptions) -> Exported:
         "std": info.std,
         "params": cost.count_params(network),
         "flops": child.child_cost(genotype, *_shape(content), info, content["options"]["stem"])[1],
-        "test": _test_figures(source.parent),
+        "test": _test_figures(source.parent) if content["epoch"] == content["options"]["epochs"] else None,
         "largest_difference": difference,
         "compared_on": f"{len(images)} {kind}",
         "latency": _latency(predict, images[:1].numpy(), opt.format),
@@ -272,7 +272,8 @@ def _markdown(card: Mapping[str, Any]) -> str:
         f"| file against model | logits differ by at most {card['largest_difference']:.1e} on {card['compared_on']} |",
         f"| data | {card['data']} |",
         f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
-        f"| training | {card['epoch']} epochs, seed {card['options']['seed']}, commit {card['commit'][:12]} |",
+        f"| training | {card['epoch']} epochs, seed {card['options']['seed']} |",
+        f"| exported | with commit {card['commit'][:12]} |",
         "",
         "| class | training images | test accuracy |",
         "| --- | ---: | ---: |",

@@ -169,7 +169,7 @@ class Genotype:
         if not isinstance(raw, dict) or not wanted <= raw.keys():
             raise ValueError(f"a genotype has the entries {', '.join(sorted(wanted))}")
         space = raw.get("space", "snas")
-        if space not in SPACES:
+        if not isinstance(space, str) or space not in SPACES:
             raise ValueError(f"space {space!r} is none of {', '.join(SPACES)}")
         parts: dict[str, Any] = {}
         for kind in ("normal", "reduce"):

@@ -76,8 +76,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
     if opt.eval_only:
         return _evaluate_only(opt)
     run = experiment.open_run(opt, "child", _split(opt), opt.use_valid)
-    if not len(run.data.indices["test"]):
-        raise UserError("the split has no test images; give a --test_portion above 0")
+    _check_test_images(run)
     genotype = _stored_genotype(run) or child.find_genotype(opt, run.data.info)
     run.extra["genotype"] = genotype.to_dict()
     learner = build(opt, _initial(run, opt, genotype))
@@ -97,19 +96,39 @@ def run_retrain(opt: ChildOptions) -> Tested:
 
 
 def _split(opt: ChildOptions) -> dict[str, list[str]] | None:
-    """The split of --split, or of the experiment of --genotype or --init_from: its test images stay unseen."""
-    named = [opt.split] if opt.split else []
-    named += [str(Path(opt.experiments_dir) / name / "split.json") for name in (opt.genotype, opt.init_from) if name]
-    for path in map(Path, named):
-        if path.is_file():
-            try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-                return {part: [str(name) for name in stored[part]] for part in ("train", "valid", "test")}
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"--split {path} is no split.json: it has the lists train, valid and test") from None
-        if str(path) == opt.split:
-            raise UserError(f"--split {path}: no such file; take the split.json of an experiment")
-    return None
+    """The split to use: that of --split, else of the search that --genotype or --init_from names, else None.
+
+    Raises:
+        UserError: no such file, or test images that one of these searches trained or validated on.
+    """
+    folders = [Path(opt.experiments_dir) / name for name in (opt.genotype, opt.init_from) if name]
+    if Path(opt.genotype).is_file():
+        folders.append(Path(opt.genotype).parent)
+    searches = [folder / "split.json" for folder in folders if (folder / "split.json").is_file()]
+    known = {path: _read_split(path) for path in searches}
+    split = _read_split(Path(opt.split)) if opt.split else next(iter(known.values()), None)
+    for path, other in known.items():
+        if split and set(split["test"]) & {*other["train"], *other["valid"]}:
+            raise UserError(
+                f"the test images of {opt.split or searches[0]} were trained or validated on by the search of {path}; "
+                "use searches of one split"
+            )
+    return split
+
+
+def _read_split(path: Path) -> dict[str, list[str]]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {part: [str(name) for name in stored[part]] for part in ("train", "valid", "test")}
+    except OSError:
+        raise UserError(f"--split {path}: no such file; take the split.json of an experiment") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--split {path} is no split.json: it has the lists train, valid and test") from None
+
+
+def _check_test_images(run: Run) -> None:
+    if not len(run.data.indices["test"]):
+        raise UserError("the split has no test images; give a --test_portion above 0")
 
 
 def _stored_genotype(run: Run) -> Genotype | None:
@@ -120,7 +139,12 @@ def _initial(run: Run, opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
     """The network before training: random, or with the weights of --init_from and statistics that suit them."""
     network = child.make_child(opt, genotype, run.data.info)
     if opt.init_from is not None and run.loaded is None:
-        child.inherit(opt, network, genotype)
+        missing = child.inherit(opt, network, genotype)
+        if opt.eval_only and missing:
+            raise UserError(
+                f"--eval_only True: {len(missing)} weights do not come from {opt.init_from}, e.g. {missing[0]}; "
+                "give the search's own --init_channels and --layers"
+            )
         network.to(run.device)
         batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 0, run.device)
         engine.estimate_statistics(network, network, batches)
@@ -216,16 +240,17 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     """Test the newest checkpoint of --name, or the child with the supernet's weights of --init_from; writes nothing."""
     device = utils.pick_device(opt.device)
     folder = Path(opt.experiments_dir) / opt.name
-    if opt.init_from is not None:
+    known = checkpoint.epochs(folder, "child")
+    content = checkpoint.load(checkpoint.path_of(folder, "child", known[-1])) if known else None
+    if opt.init_from is not None and (content is None or content["options"]["init_from"] != opt.init_from):
         content = child.supernet_checkpoint(opt)
-        run = Run(opt, "child", folder, device, Data(opt, content["split"]))
+        run = Run(opt, "child", folder, device, Data(opt, _split(opt) or content["split"]))
+        _check_test_images(run)
         genotype = child.find_genotype(opt, run.data.info)
         network = _initial(run, opt, genotype)
+    elif content is None:
+        raise UserError(f"--eval_only True: no child checkpoint in {folder}; give --name or --init_from")
     else:
-        known = checkpoint.epochs(folder, "child")
-        if not known:
-            raise UserError(f"--eval_only True: no child checkpoint in {folder}; give --name or --init_from")
-        content = checkpoint.load(checkpoint.path_of(folder, "child", known[-1]))
         experiment.check_same_options(opt, content["options"], folder)
         run = Run(opt, "child", folder, device, Data(opt, content["split"], opt.use_valid))
         network, genotype = child.load_child(content)

@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse.typing import PositiveInt
 
+import experiment
 import options
 import retrain
+from genotypes import Genotype
+from options import UserError
+from options.child_option import ChildOptions
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,16 @@ class BaselineOptions:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write the table; returns the content of the JSON file."""
     opt = options.parse(BaselineOptions, argv, "python -m benchmarks.random_baseline", __doc__ or "")
+    cell = _cell(opt)
+    Path(opt.out).parent.mkdir(parents=True, exist_ok=True)
     found = [_one(opt, f"found_{seed}", seed, ["--genotype", opt.experiment]) for seed in range(opt.seeds)]
+    if any(figures.pop("genotype") != cell.to_dict() for figures in found):
+        raise UserError(f"the finished retrainings are of another cell than --experiment {opt.experiment} has now")
     size = str(found[0]["params"])
-    split = str(Path(opt.experiments_dir) / opt.experiment / "split.json")
+    matched = ["--space", cell.space, "--match_params", size, "--split"]
+    matched.append(str(Path(opt.experiments_dir) / opt.experiment / "split.json"))
     drawn = [
-        _one(opt, f"random_{seed}", seed, ["--genotype", f"random:{seed}", "--match_params", size, "--split", split])
-        for seed in range(opt.random)
+        _one(opt, f"random_{seed}", seed, ["--genotype", f"random:{seed}", *matched]) for seed in range(opt.random)
     ]
     result = {
         "command": "python -m benchmarks.random_baseline",
@@ -53,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "recipe": opt.preset,
         "machine": f"{platform.machine()}, {platform.system()}",
         "found": found,
-        "random": drawn,
+        "random": [{k: v for k, v in figures.items() if k != "genotype"} for figures in drawn],
     }
     Path(f"{opt.out}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     Path(f"{opt.out}.md").write_text(_markdown(opt, result), encoding="utf-8")
@@ -61,19 +70,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
+def _cell(opt: BaselineOptions) -> Genotype:
+    """The genotype of the search; raises UserError."""
+    path = Path(opt.experiments_dir) / opt.experiment / "genotype.json"
+    try:
+        cell = Genotype.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--experiment {opt.experiment}: {error}") from None
+    if (len(cell.normal), len(cell.reduce)) != (4, 4):
+        raise UserError(f"--experiment {opt.experiment}: random cells have 4 nodes, its own have another number")
+    return cell
+
+
 def _one(opt: BaselineOptions, name: str, seed: int, genotype: list[str]) -> dict[str, Any]:
-    """Test figures of one retraining, run now if it is not finished."""
+    """Test figures of one retraining, run now if it is not finished; a finished one must be of this recipe."""
     name = f"{opt.experiment}_{name}"
-    path = Path(opt.experiments_dir) / name / "test.json"
+    folder = Path(opt.experiments_dir) / name
+    path = folder / "test.json"
+    argv = ["--config", opt.preset, "--name", name, "--experiments_dir", opt.experiments_dir, "--seed", str(seed)]
+    argv += [*genotype, "--resume", "True"]
     if not path.exists():
         print(f"--- {name}")
-        retrain.main(
-            ["--config", opt.preset, "--name", name, "--experiments_dir", opt.experiments_dir, "--seed", str(seed)]
-            + [*genotype, "--resume", "True"]
-        )
+        retrain.main(argv)
+    stored = yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8"))
+    experiment.check_same_options(options.parse(ChildOptions, argv, "retrain.py", ""), stored, folder)
     figures = json.loads(path.read_text(encoding="utf-8"))
     return {
-        key: figures[key] for key in ("acc", "balanced_acc", "loss", "ece", "params", "flops", "seed", "test_images")
+        key: figures[key]
+        for key in ("acc", "balanced_acc", "loss", "ece", "params", "flops", "seed", "test_images", "genotype")
     }
 
 

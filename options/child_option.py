@@ -37,7 +37,7 @@ class ChildOptions(RunOptions):
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar keeps the size of the images, imagenet divides it by 8 before the first cell."""
     auxiliary: bool = True
-    """Train with an auxiliary head at two thirds of the depth; needs features of 5 x 5 or more there."""
+    """Train with an auxiliary head at two thirds of the depth; needs features of 8 x 8 there (imagenet stem: 7 x 7)."""
     auxiliary_weight: NonNegativeFloat = 0.4
     """Weight of the auxiliary head's loss."""
     drop_path_prob: HalfOpenUnit = 0.2

@@ -14,6 +14,7 @@ import child
 import data
 import export_model
 import exporting
+import images
 import retrain
 from options import UserError
 
@@ -29,15 +30,15 @@ def test_onnx_takes_bytes_and_gives_the_logits_of_the_model(trained: list[str], 
     import onnxruntime
 
     exported = export_model.main(trained)
-    assert [p.name for p in (exported.path, *exported.cards)] == ["child.onnx", "child.md", "child.json"]
-    assert [p.name for p in exported.path.parent.glob("child.onnx*")] == ["child.onnx"]  # no side file
+    assert [p.name for p in (exported.path, *exported.cards)] == ["child.onnx", "child.onnx.md", "child.onnx.json"]
+    assert not list(exported.path.parent.glob("*.data"))  # no side file
     session = onnxruntime.InferenceSession(exported.path)
     content = checkpoint.load(tmp_path / "experiments" / "again" / "child_epoch_3.pt")
     network, _ = child.load_child(content)
     made = data.Data(child.options_of(content), content["split"], train_on_valid=True)
-    images, _ = next(made.batches("test", 99, torch.device("cpu")))
+    normalised, _ = next(made.batches("test", 99, torch.device("cpu")))
     with torch.no_grad():
-        wanted = network(images)[0].numpy()
+        wanted = network(normalised)[0].numpy()
     pixels = made.pixels[made.indices["test"]].numpy()
     for batch in (1, 3, 8):
         got = session.run(None, {"images": pixels[:batch]})[0]
@@ -72,19 +73,20 @@ def test_the_card_says_what_the_file_is(trained: list[str], tmp_path: Path) -> N
 
 
 def test_the_example_of_the_help_text_classifies_an_image(
-    trained: list[str], tiny: Path, capsys: pytest.CaptureFixture[str]
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exported = export_model.main(trained)
     with pytest.raises(SystemExit):
         export_model.main(["--help"])
     assert export_model.EXAMPLE in capsys.readouterr().out
     assert len(export_model.EXAMPLE.strip().splitlines()) == 5
-    image = tiny / "class1" / "0_0.png"
+    image = tmp_path / "wide.png"  # of another size and shape than the model's
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 33, 3), dtype=np.uint8)).save(image)
     done = subprocess.run(
         [sys.executable, "-c", export_model.EXAMPLE, image],
         cwd=exported.path.parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    pixels = np.asarray(Image.open(image)).transpose(2, 0, 1)[None]
+    pixels = images._read_pixels(image, 3, (8, 8), {})[None]
     import onnxruntime
 
     session = onnxruntime.InferenceSession(exported.path)
@@ -123,3 +125,13 @@ def test_a_file_that_computes_something_else_is_not_kept(trained: list[str], mon
     monkeypatch.setattr(exporting, "_export_onnx", lambda *a: lambda pixels: real(*a)(pixels) + 1)
     with pytest.raises(UserError, match="something else"):
         export_model.main(trained)
+    assert not list((Path(trained[0].split("=")[1]) / "again").glob("child.onnx*"))
+
+
+def test_an_earlier_epoch_does_not_carry_the_figures_of_the_last(trained: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "experiments" / "again"
+    content = checkpoint.load(folder / "child_epoch_3.pt")
+    checkpoint.save(folder / "child_epoch_2.pt", {**content, "epoch": 2})
+    exported = export_model.main([trained[0], f"--checkpoint={folder}/child_epoch_2.pt"])
+    assert exported.card["test"] is None
+    assert "not been tested" in exported.cards[0].read_text()

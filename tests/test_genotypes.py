@@ -79,6 +79,7 @@ def test_json_round_trip(name: str) -> None:
         ({"normal_concat": [9]}, "normal_concat"),
         ({"normal_concat": []}, "normal_concat"),
         ({"space": "mars"}, "mars"),
+        ({"space": ["snas"]}, "snas"),
         ({"normal": 3}, "normal is a list"),
     ],
 )

@@ -219,5 +219,32 @@ def test_data_with_other_classes_is_refused(searched: list[str], tmp_path: Path)
     from conftest import write_images
 
     other = write_images(tmp_path / "four", classes=4)
-    with pytest.raises(UserError, match=r"gone|other classes"):
-        retrain.main([*searched, f"--dataset={other}", "--init_from=run", "--eval_only=True"])
+    for extra in ([], ["--init_from=run", "--eval_only=True"]):
+        with pytest.raises(UserError, match="of other classes"):
+            retrain.main([*searched, f"--dataset={other}", *extra])
+
+
+def test_a_run_that_started_from_a_supernet_is_tested_again(searched: list[str]) -> None:
+    tuned = retrain.main([*searched, "--init_from=run"])
+    again = retrain.main([*searched, "--init_from=run", "--eval_only=True"])
+    assert again.figures["loss"] == pytest.approx(tuned.figures["loss"])
+
+
+def test_the_split_goes_with_a_genotype_given_as_a_file(searched: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "experiments"
+    retrain.main([*searched, f"--genotype={folder}/run/genotype.json", "--seed=4"])
+    splits = [json.loads((folder / name / "split.json").read_text()) for name in ("run", "again")]
+    assert splits[0]["test"] == splits[1]["test"]
+
+
+def test_test_images_that_a_search_used_are_refused(searched: list[str], arguments: list[str], tmp_path: Path) -> None:
+    main.main([*arguments, "--name=other", "--seed=1"])
+    other = tmp_path / "experiments" / "other" / "split.json"
+    for extra in (["--init_from=other"], [f"--split={other}"]):
+        with pytest.raises(UserError, match="were trained or validated on"):
+            retrain.main([*searched, *extra])
+
+
+def test_half_a_network_is_not_evaluated(searched: list[str]) -> None:
+    with pytest.raises(UserError, match="--init_channels and --layers"):
+        retrain.main([*searched, "--init_from=run", "--eval_only=True", "--layers=4"])
