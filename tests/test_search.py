@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import checkpoint
+import data
 import engine
 import experiment
 import genotypes
@@ -234,9 +235,7 @@ def test_child_accuracy_is_that_of_the_child_network_with_the_supernets_weights(
     found = main.main(arguments)
     content = checkpoint.load(found.folder / "weights_epoch_2.pt")
     opt = options.parse(TrainOptions, arguments, "main.py", "")
-    run = experiment.Run(
-        opt, "weights", found.folder, torch.device("cpu"), __import__("data").Data(opt, content["split"])
-    )
+    run = experiment.Run(opt, "weights", found.folder, torch.device("cpu"), data.Data(opt, content["split"]))
     network = search.make_network(opt, run.data.info)
     network.load_state_dict(content["parts"]["network"])
     child = ChildNetwork(found.genotype, 4, 3, 3, affine=False)
