@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import checkpoint
 import cost
 import genotypes
+import options
 import utils
 from data import DataInfo
 from genotypes import Genotype
@@ -95,7 +95,7 @@ def child_cost(genotype: Genotype, init_channels: int, layers: int, info: DataIn
 
 def load_child(content: Mapping[str, Any]) -> tuple[ChildNetwork, Genotype]:
     """The network of a child's checkpoint, in eval mode, without auxiliary head; averaged weights if there are."""
-    opt, info = options_of(content), DataInfo(**content["data"])
+    opt, info = options.restore(ChildOptions, content["options"]), DataInfo(**content["data"])
     genotype = Genotype.from_dict(content["extra"]["genotype"])
     child = ChildNetwork(
         genotype, opt.init_channels, len(info.classes), opt.layers, stem=opt.stem, in_channels=info.channels
@@ -105,12 +105,6 @@ def load_child(content: Mapping[str, Any]) -> tuple[ChildNetwork, Genotype]:
     state = average or parts["network"]
     child.load_state_dict({name: value for name, value in state.items() if not name.startswith("auxiliary.")})
     return child.eval(), genotype
-
-
-def options_of(content: Mapping[str, Any]) -> ChildOptions:
-    """The options of a child's checkpoint; what this version does not know is left out."""
-    known = {field.name for field in fields(ChildOptions)}
-    return ChildOptions(**{name: value for name, value in content["options"].items() if name in known})
 
 
 def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> list[str]:

@@ -29,7 +29,6 @@ FREE = {
     "visualizations_dir",
     "download",
     "data_dir",
-} | {
     "dataset",  # the images may have moved: their names, number, size, mean and std are compared
     "device",
     "max_ram_gb",

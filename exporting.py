@@ -17,9 +17,11 @@ from torch import Tensor, nn
 import checkpoint
 import child
 import cost
+import options
 import utils
 from data import Data, DataInfo
 from options import UserError
+from options.child_option import ChildOptions
 from options.export_option import ExportOptions
 
 Predict = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]  # images (B, C, H, W) -> logits (B, classes)
@@ -136,7 +138,7 @@ def _shape(content: Mapping[str, Any]) -> tuple[int, int]:
 
 def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> tuple[Tensor, str]:
     """Images to compare on, in the type the exported model takes, and what they are."""
-    stored = child.options_of(content)
+    stored = options.restore(ChildOptions, content["options"])
     stored = replace(stored, dataset=opt.dataset or stored.dataset, data_dir=opt.data_dir)
     try:
         data = Data(stored, content["split"])

@@ -1,7 +1,7 @@
 """Reload a search's checkpoint, print its state and the derived genotype, and draw both cells."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -51,16 +51,19 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     """Print and draw a checkpoint; returns what was printed."""
     opt = options.parse(InspectOptions, argv, "inspect_model.py", __doc__)
     import checkpoint
+    import child
     import genotypes
     import visualize
+    from data import DataInfo
 
     folder = Path(opt.experiments_dir) / opt.experiment
     content = checkpoint.load(_checkpoint_path(folder, opt))
-    run = _train_options(content["options"])
+    run = options.restore(TrainOptions, content["options"])
     state = content["parts"]["network"]
     alphas = [state["alpha_normal"], state["alpha_reduce"]]
     genotype = genotypes.derive(alphas[0], alphas[1], run.space, opt.rule)
-    params, flops = _child_cost(genotype, run, content["data"])
+    info = DataInfo(**content["data"])
+    params, flops = child.child_cost(genotype, run.init_channels, run.layers, info, "cifar")
     _report(content, run, alphas, genotype, params, flops)
     files: list[Path] = []
     if opt.visualize:
@@ -85,27 +88,6 @@ def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
     return checkpoint.path_of(folder, "weights", epoch)
 
 
-def _train_options(stored: dict[str, Any]) -> TrainOptions:
-    """The run's own options; what this version does not know is left out."""
-    known = {field.name for field in fields(TrainOptions)}
-    return TrainOptions(**{name: value for name, value in stored.items() if name in known})
-
-
-def _child_cost(genotype: "Genotype", run: TrainOptions, info: dict[str, Any]) -> tuple[int, int]:
-    """params and flops of the child at the search's own size."""
-    import torch
-
-    import cost
-    from model import ChildNetwork
-
-    with torch.device("meta"):
-        child = ChildNetwork(
-            genotype, run.init_channels, len(info["classes"]), run.layers, in_channels=info["channels"]
-        )
-        image = torch.empty(1, info["channels"], *info["image_size"])
-    return cost.count_params(child), cost.count_flops(child, image)
-
-
 def _report(
     content: dict[str, Any], run: TrainOptions, alphas: list[Any], genotype: "Genotype", params: int, flops: int
 ) -> None:
@@ -114,7 +96,7 @@ def _report(
     info, row = content["data"], content["metrics"]
     height, width = info["image_size"]
     print(f"experiment  {run.name}, epoch {content['epoch']} of {run.epochs}, seed {run.seed}")
-    print(f"data        {run.dataset}: {len(info['classes'])} classes, {width}x{height}, {info['channels']} channels")
+    print(f"data        {run.dataset}: {len(info['classes'])} classes, {width}x{height}x{info['channels']}")
     print(f"loss        train {row['train_loss']:.4f}, valid {row['valid_loss']:.4f}")
     print(
         f"accuracy    train {row['train_acc']:.2f} %, valid {row['valid_acc']:.2f} % (a sampled Z), "

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -103,6 +103,12 @@ def to_dict(options: Any) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(options).items()
     }
+
+
+def restore(options: type[O], stored: Mapping[str, Any]) -> O:
+    """The options that a checkpoint holds (to_dict); what this version does not know is left out."""
+    known = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    return options(**{name: value for name, value in stored.items() if name in known})
 
 
 def entry(main: Callable[[], Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from options import HalfOpenUnit, UserError
-from options.default_option import RunOptions
+from options.default_option import RunOptions, check_training
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,7 @@ class ChildOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if self.layers < 3:
-            raise UserError(f"--layers {self.layers}: a network has at least 3 cells, two of which reduce")
-        if self.learning_rate_min > self.learning_rate:
-            raise UserError(
-                f"--learning_rate_min {self.learning_rate_min} is above --learning_rate {self.learning_rate}"
-            )
+        check_training(self.layers, self.learning_rate, self.learning_rate_min)
         drawn = self.genotype.partition(":")
         if drawn[0] == "random" and drawn[1] and not drawn[2].isdigit():
             raise UserError(f"--genotype {self.genotype}: the seed is a number, as in random:3")

@@ -132,11 +132,14 @@ class TrainOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if self.layers < 3:
-            raise UserError(f"--layers {self.layers}: a network has at least 3 cells, two of which reduce")
+        check_training(self.layers, self.learning_rate, self.learning_rate_min)
         if self.min_temp > self.initial_temp:
             raise UserError(f"--min_temp {self.min_temp} is above --initial_temp {self.initial_temp}")
-        if self.learning_rate_min > self.learning_rate:
-            raise UserError(
-                f"--learning_rate_min {self.learning_rate_min} is above --learning_rate {self.learning_rate}"
-            )
+
+
+def check_training(layers: int, learning_rate: float, learning_rate_min: float) -> None:
+    """What a supernet and a child have in common; raises UserError."""
+    if layers < 3:
+        raise UserError(f"--layers {layers}: a network has at least 3 cells, two of which reduce")
+    if learning_rate_min > learning_rate:
+        raise UserError(f"--learning_rate_min {learning_rate_min} is above --learning_rate {learning_rate}")

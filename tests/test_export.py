@@ -15,8 +15,10 @@ import data
 import export_model
 import exporting
 import images
+import options
 import retrain
 from options import UserError
+from options.child_option import ChildOptions
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_onnx_takes_bytes_and_gives_the_logits_of_the_model(trained: list[str], 
     session = onnxruntime.InferenceSession(exported.path)
     content = checkpoint.load(tmp_path / "experiments" / "again" / "child_epoch_3.pt")
     network, _ = child.load_child(content)
-    made = data.Data(child.options_of(content), content["split"], train_on_valid=True)
+    made = data.Data(options.restore(ChildOptions, content["options"]), content["split"], train_on_valid=True)
     normalised, _ = next(made.batches("test", 99, torch.device("cpu")))
     with torch.no_grad():
         wanted = network(normalised)[0].numpy()

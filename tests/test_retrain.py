@@ -58,7 +58,7 @@ def test_figures_of_the_test_split_agree_with_each_other_and_the_checkpoint(sear
     assert tested.figures["balanced_acc"] == pytest.approx(recalls.mean())
     content = checkpoint.load(tested.folder / "child_epoch_3.pt")
     network, _ = child.load_child(content)
-    made = data.Data(child.options_of(content), content["split"], train_on_valid=True)
+    made = data.Data(options.restore(ChildOptions, content["options"]), content["split"], train_on_valid=True)
     images, labels = next(made.batches("test", 99, torch.device("cpu")))
     with torch.no_grad():
         logits = network(images)[0]
