@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sampling
 from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
-from operations import FIRST, Conv, FactorizedReduce, Norm, Operation, drop_path, make_op
+from operations import FIRST, Conv, FactorizedReduce, Norm, Operation, add, drop_path, make_op
 from sampling import Z
 
 
@@ -44,19 +44,15 @@ class MixedOp(nn.Module):
         ops = {name: make_op(name, channels, stride, affine=False) for name in space if name != NONE}
         self.ops = nn.ModuleDict(ops)  # type: ignore[assignment]
 
-    def forward(self, state: State, weights: Sequence[Tensor], active: Sequence[bool]) -> Tensor | None:
-        """Z-weighted sum of the active operations, or None where there is none."""
-        total: Tensor | None = None
+    def forward(
+        self, state: State, weights: Sequence[Tensor], active: Sequence[bool], total: Tensor | None = None
+    ) -> Tensor | None:
+        """total + the Z-weighted sum of the active operations, in place; None where there is neither."""
         for name, weight, on in zip(self.names, weights, active, strict=True):
             if on and name != NONE:
                 op = self.ops[name]
-                total = _add(total, op.rest(state.stage(op), weight))
+                total = op.rest(state.stage(op), weight, total)
         return total
-
-
-def _add(total: Tensor | None, y: Tensor) -> Tensor:
-    """total + y, in place: nothing else holds the sum of an edge or a node while it grows."""
-    return y if total is None else total.add_(y)
 
 
 class Cell(nn.Module):
@@ -88,9 +84,11 @@ class Cell(nn.Module):
         for _ in range(self.nodes):
             total: Tensor | None = None
             for state, (edge, row, on) in zip(states, edges, strict=False):  # one edge from every earlier state
-                y = edge(state, row.unbind(), on)
-                if y is not None:
-                    total = _add(total, drop_path(y, drop) if self.training else y)
+                if drop and self.training:
+                    y = edge(state, row.unbind(), on)
+                    total = total if y is None else add(total, drop_path(y, drop))
+                else:
+                    total = edge(state, row.unbind(), on, total)
             states.append(State(self._zeros(states[1].x) if total is None else total))
         return torch.cat([state.x for state in states[2:]], 1)
 

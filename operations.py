@@ -2,8 +2,9 @@
 
 Every operation is `rest(first(x))`. `first` is its stage without parameters (ReLU, pooling, nothing):
 it depends on the source state alone, so the supernet computes it once per state and stride and shares
-it among all edges that leave the state. `rest(y, scale)` holds what learns; `scale` is the operation's
-weight Z_k in the supernet, folded into the last batch norm instead of a pass of its own.
+it among all edges that leave the state. `rest(y, scale, total)` holds what learns; `scale` is the operation's
+weight Z_k in the supernet, folded into the last batch norm instead of a pass of its own, and `total` the sum of
+the node so far, to which the result is added in place.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import kernels
 
 FIRST: dict[str, Callable[[Tensor, int], Tensor]] = {
     "identity": lambda x, stride: x,
@@ -23,17 +26,29 @@ FIRST: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm whose output may be scaled by a scalar tensor: BN(x) * scale in a single pass."""
+    """Batch norm whose output may be scaled, cut off below zero and added to a sum, all in a single pass."""
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        """BN(x), max(BN(x), 0), or BN(x) * scale + total, the latter in place."""
+        if kernels.usable(x):
+            return kernels.norm(x, self, scale, total, relu)
         if scale is None:
-            return super().forward(x)
+            y = super().forward(x)
+            return F.relu(y, inplace=True) if relu else y
         assert not self.affine and self.momentum is not None and self.num_batches_tracked is not None
         if self.training:
             self.num_batches_tracked.add_(1)
         # repeat, not expand: batch norm's backward reads past a stride-0 weight (torch 2.14, CPU)
         gamma = scale.reshape(1).repeat(self.num_features)  # (C,)
-        return F.batch_norm(x, self.running_mean, self.running_var, gamma, None, self.training, self.momentum, self.eps)
+        y = F.batch_norm(x, self.running_mean, self.running_var, gamma, None, self.training, self.momentum, self.eps)
+        return add(total, y)
+
+
+def add(total: Tensor | None, y: Tensor) -> Tensor:
+    """total + y, in place: nothing else holds the sum of an edge or a node while it grows."""
+    return y if total is None else total.add_(y)
 
 
 def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
@@ -66,8 +81,13 @@ class Operation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.rest(FIRST[self.first](x, self.stride))
 
-    def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What follows the first stage: y = first(x), the output multiplied by the scalar `scale` if given."""
+    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        """What follows the first stage, y = first(x): its output; or output * scale + total, `total` changed in place.
+
+        Args:
+            scale: a scalar.
+            total: of the output's shape, only together with a scale.
+        """
         raise AssertionError("each operation has its own")
 
 
@@ -77,8 +97,10 @@ class Skip(Operation):
     def __init__(self) -> None:
         super().__init__("identity", 1)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        return y if scale is None else y * scale
+    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        if scale is None:
+            return y
+        return y * scale if total is None else total.addcmul_(y, scale)
 
 
 class Pool(Operation):
@@ -88,8 +110,8 @@ class Pool(Operation):
         super().__init__(first, stride)
         self.norm = Norm(channels, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.norm(y, scale)
+    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        return self.norm(y, scale, total)
 
 
 class Depthwise(nn.Module):
@@ -117,8 +139,13 @@ class DilConv(Operation):
         self.pointwise = _pointwise(channels, channels)
         self.norm = Norm(channels, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.norm(self.pointwise(self.depthwise(y)), scale)
+    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False) -> Tensor:
+        if kernels.usable(y):
+            d = self.depthwise
+            return kernels.half(
+                y, d.weight, self.pointwise.weight, d.stride, d.dilation, self.norm, scale, total, relu
+            )
+        return self.norm(self.pointwise(self.depthwise(y)), scale, total, relu)
 
 
 class SepConv(Operation):
@@ -129,8 +156,8 @@ class SepConv(Operation):
         self.half1 = DilConv(channels, kernel, stride, affine, dilation=1)
         self.half2 = DilConv(channels, kernel, 1, affine, dilation=1)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.half2.rest(F.relu(self.half1.rest(y), inplace=True), scale)
+    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        return self.half2.rest(self.half1.rest(y, relu=True), scale, total)
 
 
 class Conv(Operation):
@@ -141,8 +168,8 @@ class Conv(Operation):
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.norm = Norm(c_out, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.norm(self.conv(y), scale)
+    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        return self.norm(self.conv(y), scale, total)
 
 
 class ConvPair(Operation):
@@ -155,8 +182,8 @@ class ConvPair(Operation):
         self.column = nn.Conv2d(channels, channels, (kernel, 1), (stride, 1), (pad, 0), bias=False)
         self.norm = Norm(channels, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.norm(self.column(self.row(y)), scale)
+    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        return self.norm(self.column(self.row(y)), scale, total)
 
 
 class FactorizedReduce(Operation):
@@ -171,10 +198,10 @@ class FactorizedReduce(Operation):
         self.odd = _pointwise(c_in, c_out - c_out // 2)
         self.norm = Norm(c_out, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
+    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
         height, width = y.shape[2:]
         odd = F.pad(y, (0, width % 2, 0, height % 2))[:, :, 1::2, 1::2]
-        return self.norm(torch.cat([self.even(y[:, :, ::2, ::2]), self.odd(odd)], 1), scale)
+        return self.norm(torch.cat([self.even(y[:, :, ::2, ::2]), self.odd(odd)], 1), scale, total)
 
 
 def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
