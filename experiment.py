@@ -14,6 +14,7 @@ from torch import nn
 import checkpoint
 import cost
 import data
+import kernels
 import options
 import utils
 from options import UserError
@@ -31,6 +32,7 @@ FREE = {
     "data_dir",
     "dataset",  # the images may have moved: their names, number, size, mean and std are compared
     "device",
+    "recompute",
     "max_ram_gb",
     "cache_dir",
 }
@@ -168,6 +170,8 @@ def announce(run: Run, network: nn.Module, seconds: float, *architecture: Any) -
     rarest, commonest = min(info.counts["train"]), max(info.counts["train"])
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     print(f"device   {run.device}{threads}, {opt.precision}{', compiled' if opt.compile else ''}")
+    if run.device.type == "cpu" and opt.precision == "fp32" and not opt.compile and kernels.library() is None:
+        print("warning: no C++ compiler works here (c++, or $CXX): steps take more than twice as long")
     print(f"data     {opt.dataset}: {width}x{height}x{info.channels}; {len(info.classes)} classes; {sizes}")
     print(
         f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"

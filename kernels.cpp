@@ -1,8 +1,11 @@
-// One half of a separable convolution, and batch norm alone, on a CPU: see kernels.py for what and why.
+// The operations of a cell as fused kernels for the CPU: see kernels.py for what and why.
 //
-// Images are (H, W, C), float32. A half is: depthwise k x k (padded; stride, dilation) -> d, pointwise C x C -> p,
-// batch norm -> y = a p + b with a = gamma / std and b = beta - a mean; then out = y, out = max(y, 0) or out += y.
-// Without a kernel (kernel = 0), p is the input itself: batch norm alone.
+// Images are (H, W, C), float32. An operation is one of four ways from the input to p,
+//   CONV   (ReLU,) depthwise k x k with stride and dilation -> d, pointwise C x C -> p
+//   MAX    max pooling k x k with a stride
+//   MEAN   average pooling k x k with a stride, the padding not counted
+//   NOTHING
+// then batch norm, y = a p + b with a = gamma / std and b = beta - a mean, and out = y, out = max(y, 0) or out += y.
 //
 // Each image is worked on as a whole, in the cache of one core. Inside, channels are padded to vectors of V floats.
 // Sums over the batch are taken per image or per chunk of images and added in a fixed order, so that no result
@@ -20,12 +23,15 @@ static int omp_get_thread_num() { return 0; }
 
 struct Shape {  // as kernels.py fills it
     int32_t batch, height, width, channels;      // of the input
-    int32_t kernel, stride, dilation;            // kernel 0: batch norm alone
+    int32_t kind, kernel, stride, dilation;      // a Kind; kernel 1 with NOTHING
     int32_t training, relu, accumulate, threads; // training: with the statistics of the batch, not the running ones
+    int32_t relu_first;                          // of CONV
     float momentum, eps;
 };
 
 namespace {
+
+enum Kind { NOTHING, CONV, MAX, MEAN };
 
 constexpr int BLOCK = 8;   // pixels that share a load of weights in matmul
 constexpr int CHUNKS = 16; // partial sums of the weight gradients
@@ -60,7 +66,7 @@ typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vec16 __attribute__((vector_size(64), aligned(4), may_alias));
 
-template <typename vec> struct Half {
+template <typename vec> struct Operation {
     static constexpr int V = sizeof(vec) / 4;
 
     const Shape s;
@@ -68,14 +74,14 @@ template <typename vec> struct Half {
     const int k, kk, stride, dilation, pad;
     const int H, W, Hp, Wp;          // input, and with its border of zeros
     const int h, w, n, np;           // output; its pixels; the same in whole blocks
-    const bool conv, stored;         // stored: p is not the input itself
+    const bool conv, pool, stored;   // stored: p is not the input itself
     const size_t pixels, bordered, input;
 
-    explicit Half(const Shape &shape)
+    explicit Operation(const Shape &shape)
         : s(shape), C(s.channels), groups((C + V - 1) / V), Cp(groups * V), k(s.kernel), kk(k * k), stride(s.stride),
           dilation(s.dilation), pad(dilation * (k / 2)), H(s.height), W(s.width), Hp(H + 2 * pad), Wp(W + 2 * pad),
           h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np((n + BLOCK - 1) / BLOCK * BLOCK),
-          conv(k > 0), stored(conv || C != Cp), pixels(size_t(np) * Cp), bordered(size_t(Hp) * Wp * Cp),
+          conv(s.kind == CONV), pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp), pixels(size_t(np) * Cp), bordered(size_t(Hp) * Wp * Cp),
           input(size_t(H) * W) {}
 
     static vec get(const float *at) { return *reinterpret_cast<const vec *>(at); }
@@ -93,16 +99,42 @@ template <typename vec> struct Half {
         memcpy(pixel + g, &v, 4 * (C - g < V ? C - g : V));
     }
 
-    // rows x width pixels of `channels` floats -> pixels of Cp floats, rows `pitch` and pixels `step` pixels apart
-    void spread(const float *from, int channels, float *to, int rows, int width, int pitch, int step) const {
-        for (int y = 0; y < rows; y++)
-            for (int x = 0; x < width; x++, from += channels) {
-                float *pixel = to + (size_t(y) * pitch + size_t(x) * step) * Cp;
-                if (channels == Cp)
-                    for (int g = 0; g < Cp; g += V) set(pixel + g, get(from + g));
-                else
-                    memcpy(pixel, from, 4 * channels);
-            }
+    // The middle of a border: its first pixel.
+    template <typename Float> Float *inside(Float *border) const { return border + (size_t(pad) * Wp + pad) * Cp; }
+
+    // The input image into the middle of its border.
+    void enclose(const float *from, float *border) const {
+        const vec zero = {};
+        for (int y = 0; y < H; y++) {
+            float *to = inside(border) + size_t(y) * Wp * Cp;
+            for (int x = 0; x < W; x++, from += C, to += Cp)
+                for (int g = 0; g < Cp; g += V) {
+                    const vec v = get_channels(from, g);
+                    set(to + g, s.relu_first ? (v > zero ? v : zero) : v);
+                }
+        }
+    }
+
+    // The middle of a border into the gradient of the input image, cut off where the ReLU did.
+    void extract(const float *border, const float *image, float *to) const {
+        const vec zero = {};
+        for (int y = 0; y < H; y++) {
+            const float *from = inside(border) + size_t(y) * Wp * Cp;
+            for (int x = 0; x < W; x++, from += Cp, image += C, to += C)
+                for (int g = 0; g < Cp; g += V) {
+                    const vec v = get(from + g);
+                    set_channels(to, g, s.relu_first ? (get_channels(image, g) > zero ? v : zero) : v);
+                }
+        }
+    }
+
+    // Pixels of the output (h, w) to every stride-th pixel of the middle of a border.
+    void spread(const float *from, float *border) const {
+        for (int y = 0; y < h; y++) {
+            float *to = inside(border) + size_t(y) * stride * Wp * Cp;
+            for (int x = 0; x < w; x++, to += stride * Cp)
+                for (int g = 0; g < Cp; g += V, from += V) set(to + g, get(from));
+        }
     }
 
     // N neighbouring pixels of y = sum over taps of x * taps
@@ -119,17 +151,17 @@ template <typename vec> struct Half {
         for (int m = 0; m < N; m++) set(y + m * Cp, sum[m]);
     }
 
-    // y (rows, columns) from x with its border
+    // y (rows, columns), `leap` pixels a row, from x with its border
     template <int K>
-    void depthwise_k(const float *x, const float *weights, float *y, int rows, int columns, int pitch, int step) const {
-        const size_t row = size_t(dilation) * pitch * Cp, column = size_t(dilation) * Cp, next = size_t(step) * Cp;
+    void depthwise_k(const float *x, const float *weights, float *y, int rows, int columns, int leap, int step) const {
+        const size_t row = size_t(dilation) * Wp * Cp, column = size_t(dilation) * Cp, next = size_t(step) * Cp;
         for (int g = 0; g < Cp; g += V) {
             vec taps[K * K];
 #pragma GCC unroll 49
             for (int t = 0; t < K * K; t++) taps[t] = get(weights + t * Cp + g);
             for (int r = 0; r < rows; r++) {
-                const float *from = x + size_t(r) * step * pitch * Cp + g;
-                float *to = y + size_t(r) * columns * Cp + g;
+                const float *from = x + size_t(r) * step * Wp * Cp + g;
+                float *to = y + size_t(r) * leap * Cp + g;
                 int c = 0;
                 for (; c + 4 <= columns; c += 4, from += 4 * next, to += 4 * Cp)
                     taps_of<K, 4>(from, taps, to, row, column, next, Cp);
@@ -137,10 +169,10 @@ template <typename vec> struct Half {
             }
         }
     }
-    void depthwise(const float *x, const float *weights, float *y, int rows, int columns, int step) const {
-        if (k == 3) return depthwise_k<3>(x, weights, y, rows, columns, Wp, step);
-        if (k == 5) return depthwise_k<5>(x, weights, y, rows, columns, Wp, step);
-        depthwise_k<7>(x, weights, y, rows, columns, Wp, step);
+    void depthwise(const float *x, const float *weights, float *y, int rows, int columns, int leap, int step) const {
+        if (k == 3) return depthwise_k<3>(x, weights, y, rows, columns, leap, step);
+        if (k == 5) return depthwise_k<5>(x, weights, y, rows, columns, leap, step);
+        depthwise_k<7>(x, weights, y, rows, columns, leap, step);
     }
 
     // sums[tap] += sum over the output's pixels of x at the tap times up; x with its border
@@ -204,6 +236,60 @@ template <typename vec> struct Half {
             }
     }
 
+    // Pixels of the window of an output pixel that are no padding.
+    int inside_window(int row, int column) const {
+        const int top = row * stride - pad, left = column * stride - pad;
+        const int bottom = top + k < H ? top + k : H, right = left + k < W ? left + k : W;
+        return (bottom - (top > 0 ? top : 0)) * (right - (left > 0 ? left : 0));
+    }
+
+    // p (h, w) from x with its border, which holds -inf for MAX and 0 for MEAN
+    void pooling(const float *x, float *p) const {
+        for (int r = 0; r < h; r++)
+            for (int c = 0; c < w; c++, p += Cp) {
+                const float *from = x + (size_t(r) * Wp + c) * stride * Cp;
+                const float count = s.kind == MEAN ? inside_window(r, c) : 1;
+                for (int g = 0; g < Cp; g += V) {
+                    vec v = s.kind == MEAN ? vec{} : get(from + g);
+                    for (int i = 0; i < k; i++)
+                        for (int j = 0; j < k; j++) {
+                            const vec u = get(from + (size_t(i) * Wp + j) * Cp + g);
+                            v = s.kind == MEAN ? v + u : u > v ? u : v;
+                        }
+                    set(p + g, v / count);
+                }
+            }
+    }
+
+    // Adds the gradient of p to that of x with its border; that of a maximum goes to the first pixel that has it.
+    void pooling_back(const float *x, const float *p, const float *grad_p, float *grad) const {
+        for (int r = 0; r < h; r++)
+            for (int c = 0; c < w; c++, p += Cp, grad_p += Cp) {
+                const size_t start = (size_t(r) * Wp + c) * stride * Cp;
+                const float count = s.kind == MEAN ? inside_window(r, c) : 1;
+                for (int g = 0; g < Cp; g += V) {
+                    const vec zero = {}, top = get(p + g);
+                    vec left = get(grad_p + g) / count;
+                    for (int i = 0; i < k; i++)
+                        for (int j = 0; j < k; j++) {
+                            const size_t at = start + (size_t(i) * Wp + j) * Cp + g;
+                            if (s.kind == MEAN) {
+                                set(grad + at, get(grad + at) + left);
+                                continue;
+                            }
+                            const auto here = get(x + at) == top;
+                            set(grad + at, get(grad + at) + (here ? left : zero));
+                            left = here ? zero : left;
+                        }
+                }
+            }
+    }
+
+    // What lies around an image: zeros, or what no maximum can be.
+    void clear(float *border) const {
+        for (size_t i = 0; i < bordered; i++) border[i] = s.kind == MAX ? -INFINITY : 0;
+    }
+
     // Weights as the loops above want them: taps (k k, Cp), matrix (in, out); flipped and transposed for gradients.
     struct Weights {
         float *taps, *matrix, *flipped, *transposed;
@@ -224,17 +310,20 @@ template <typename vec> struct Half {
         return p;
     }
 
-    float *inside(float *border) const { return border + (size_t(pad) * Wp + pad) * Cp; }
-
     // x of an image -> p (np, Cp). `border` gets x with its border of zeros, d (np, Cp) the depthwise convolution.
     const float *project(const float *x, const Weights &weights, float *border, float *d, float *p) const {
         if (!stored) return x;
-        if (!conv) {
-            spread(x, C, p, h, w, w, 1);
+        if (!conv && !pool) {
+            for (int i = 0; i < n; i++)
+                for (int g = 0; g < Cp; g += V) set(p + size_t(i) * Cp + g, get_channels(x + size_t(i) * C, g));
             return p;
         }
-        spread(x, C, inside(border), H, W, Wp, 1);
-        depthwise(border, weights.taps, d, h, w, stride);
+        enclose(x, border);
+        if (pool) {
+            pooling(border, p);
+            return p;
+        }
+        depthwise(border, weights.taps, d, h, w, w, stride);
         matmul(d, weights.matrix, p);
         return p;
     }
@@ -299,19 +388,21 @@ template <typename vec> struct Half {
 
     int forward(const float *x, const float *depthwise, const float *pointwise, const float *gamma, const float *beta,
                 float *mean, float *invstd, float *running_mean, float *running_var, float *out) const {
-        const size_t own = conv ? padded(bordered) + padded(pixels) : 0;
+        const size_t own = conv || pool ? padded(bordered) + padded(pixels) : 0;
         const size_t all = stored ? padded(s.batch * pixels) : 0;
         if (!arena.reserve(weights_size() + 2 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + all + s.threads * own))
             return 1;
         const Weights weights = pack(depthwise, pointwise);
         float *a = arena.take(Cp), *b = arena.take(Cp), *parts = arena.take(size_t(s.batch) * 2 * Cp);
         float *projected = arena.take(all), *owned = arena.take(s.threads * own);
-        if (stored && !conv) memset(projected, 0, 4 * all);
 
 #pragma omp parallel num_threads(s.threads)
         {
             float *border = owned + omp_get_thread_num() * own, *d = border + padded(bordered);
-            memset(border, 0, 4 * own);
+            if (own) {
+                clear(border);
+                memset(d, 0, 4 * pixels); // the pixels that only fill the last block stay zero
+            }
 #pragma omp for schedule(static)
             for (int i = 0; i < s.batch; i++) {
                 const float *p = project(x + i * input * C, weights, border, d, projected + (stored ? i * pixels : 0));
@@ -355,7 +446,7 @@ template <typename vec> struct Half {
                  float *grad_pointwise, float *grad_gamma, float *grad_beta) const {
         const int chunks = s.batch < CHUNKS ? s.batch : CHUNKS;
         const size_t square = size_t(Cp) * Cp, part = conv ? padded(kk * Cp) + padded(square) : 0;
-        const size_t own = conv ? 2 * padded(bordered) + 2 * padded(pixels) + padded(input * Cp) : 0;
+        const size_t own = conv || pool ? 2 * padded(bordered) + 2 * padded(pixels) : 0;
         const size_t all = stored ? padded(s.batch * pixels) : 0, all_d = conv ? all : 0;
         if (!arena.reserve(weights_size() + 6 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + padded(chunks * part) +
                            all + all_d + s.threads * own))
@@ -365,7 +456,6 @@ template <typename vec> struct Half {
         float *slope = arena.take(Cp), *shift = arena.take(Cp); // gradient of p = a up + slope (p - mean) + shift
         float *parts = arena.take(size_t(s.batch) * 2 * Cp), *partial = arena.take(chunks * part);
         float *projected = arena.take(all), *filtered = arena.take(all_d), *owned = arena.take(s.threads * own);
-        if (stored && !conv) memset(projected, 0, 4 * all);
         memset(partial, 0, 4 * chunks * part);
         memset(centre, 0, 4 * Cp), memset(scale, 0, 4 * Cp), memset(slope, 0, 4 * Cp), memset(shift, 0, 4 * Cp);
         memcpy(centre, mean, 4 * C), memcpy(scale, invstd, 4 * C);
@@ -375,8 +465,10 @@ template <typename vec> struct Half {
         {
             float *border = owned + omp_get_thread_num() * own, *grad_border = border + padded(bordered);
             float *grad_p = grad_border + padded(bordered), *grad_d = grad_p + padded(pixels);
-            float *wide = grad_d + padded(pixels);
-            memset(border, 0, 4 * own);
+            if (own) {
+                clear(border);
+                memset(grad_border, 0, 4 * (own - padded(bordered)));
+            }
 #pragma omp for schedule(static)
             for (int i = 0; i < s.batch; i++) {
                 const float *p = project(x + i * input * C, weights, border, filtered + (conv ? i * pixels : 0),
@@ -405,24 +497,28 @@ template <typename vec> struct Half {
                             const float *at = p + size_t(pixel) * Cp;
                             const vec v = get(a + g) * upstream(up + size_t(pixel) * C, at, a, b, g) +
                                           get(slope + g) * (get(at + g) - get(centre + g)) + get(shift + g);
-                            if (conv)
+                            if (conv || pool)
                                 set(grad_p + size_t(pixel) * Cp + g, v);
                             else
                                 set_channels(grad_x + (i * input + pixel) * C, g, v);
                         }
-                    if (!conv) continue;
-                    float *sum_taps = partial + chunk * part, *sum_matrix = sum_taps + padded(kk * Cp);
-                    outer(grad_p, filtered + i * pixels, sum_matrix);
-                    matmul(grad_p, weights.transposed, grad_d);
-                    spread(image, C, inside(border), H, W, Wp, 1);
-                    depthwise_weights(border, grad_d, sum_taps);
-                    // x's gradient: a plain convolution of d's, which is spread over the strides, with turned taps
-                    spread(grad_d, Cp, inside(grad_border), h, w, Wp * stride, stride);
-                    float *to = C == Cp ? grad_x + i * input * C : wide;
-                    this->depthwise(grad_border, weights.flipped, to, H, W, 1);
-                    if (C == Cp) continue;
-                    for (size_t pixel = 0; pixel < input; pixel++)
-                        memcpy(grad_x + (i * input + pixel) * C, wide + pixel * Cp, 4 * C);
+                    float *result = grad_x + i * input * C;
+                    if (pool) {
+                        enclose(image, border);
+                        memset(grad_border, 0, 4 * bordered);
+                        pooling_back(border, p, grad_p, grad_border);
+                        extract(grad_border, image, result);
+                    } else if (conv) {
+                        float *sum_taps = partial + chunk * part, *sum_matrix = sum_taps + padded(kk * Cp);
+                        outer(grad_p, filtered + i * pixels, sum_matrix);
+                        matmul(grad_p, weights.transposed, grad_d);
+                        enclose(image, border);
+                        depthwise_weights(border, grad_d, sum_taps);
+                        // x's gradient: a plain convolution of d's, spread over the strides, with turned taps
+                        spread(grad_d, grad_border);
+                        this->depthwise(grad_border, weights.flipped, inside(border), H, W, Wp, 1);
+                        extract(border, image, result);
+                    }
                 }
         }
         if (!conv) return 0;
@@ -452,20 +548,20 @@ template <typename Call> int with_width(int channels, Call call) {
 extern "C" {
 
 // mean and invstd (C): written in training, else read. Returns 0, or 1 where memory is lacking.
-int half_forward(const Shape *s, const float *x, const float *depthwise, const float *pointwise, const float *gamma,
+int operation_forward(const Shape *s, const float *x, const float *depthwise, const float *pointwise, const float *gamma,
                  const float *beta, float *mean, float *invstd, float *running_mean, float *running_var, float *out) {
     return with_width(s->channels, [&](auto width) {
-        return Half<decltype(width)>(*s).forward(x, depthwise, pointwise, gamma, beta, mean, invstd, running_mean, running_var,
+        return Operation<decltype(width)>(*s).forward(x, depthwise, pointwise, gamma, beta, mean, invstd, running_mean, running_var,
                                        out);
     });
 }
 
 // Gradients of x, both weights, gamma and beta from that of y; d and p are computed again from x.
-int half_backward(const Shape *s, const float *x, const float *depthwise, const float *pointwise, const float *gamma,
+int operation_backward(const Shape *s, const float *x, const float *depthwise, const float *pointwise, const float *gamma,
                   const float *beta, const float *mean, const float *invstd, const float *grad, float *grad_x,
                   float *grad_depthwise, float *grad_pointwise, float *grad_gamma, float *grad_beta) {
     return with_width(s->channels, [&](auto width) {
-        return Half<decltype(width)>(*s).backward(x, depthwise, pointwise, gamma, beta, mean, invstd, grad, grad_x,
+        return Operation<decltype(width)>(*s).backward(x, depthwise, pointwise, gamma, beta, mean, invstd, grad, grad_x,
                                         grad_depthwise, grad_pointwise, grad_gamma, grad_beta);
     });
 }

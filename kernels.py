@@ -20,7 +20,7 @@ import platform
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,25 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", 
 
 class _Shape(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "kernel", "stride", "dilation")),
-        *((name, ctypes.c_int32) for name in ("training", "relu", "accumulate", "threads")),
+        *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels")),
+        *((name, ctypes.c_int32) for name in ("kind", "kernel", "stride", "dilation")),
+        *((name, ctypes.c_int32) for name in ("training", "relu", "accumulate", "threads", "relu_first")),
         ("momentum", ctypes.c_float),
         ("eps", ctypes.c_float),
     )
+
+
+class Way(NamedTuple):
+    """The way from the input of an operation to its batch norm: what stands before it."""
+
+    kind: int = 0  # one of the below
+    kernel: int = 1  # k
+    stride: int = 1
+    dilation: int = 1
+    relu: bool = False  # before a convolution
+
+
+NOTHING, CONV, MAX, MEAN = range(4)  # as in kernels.cpp
 
 
 @functools.cache
@@ -58,9 +72,18 @@ def library() -> ctypes.CDLL | None:
                 made = Path(temporary) / path.name
                 subprocess.run([*command, "-o", str(made)], check=True, capture_output=True)
                 os.replace(made, path)
+        _keep_memory()
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _keep_memory() -> None:
+    """Tell glibc to keep freed memory instead of giving it back: fetching it again costs a tenth of every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_...
+            mallopt(parameter, value)
 
 
 def _processor() -> str:
@@ -86,50 +109,34 @@ def usable(x: Tensor) -> bool:
     )
 
 
-def norm(
-    x: Tensor, module: nn.BatchNorm2d, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False
-) -> Tensor:
-    """Batch norm: BN(x), max(BN(x), 0), or scale * BN(x), added to `total` in place if given.
-
-    Args:
-        x: (B, C, H, W).
-        module: the statistics and, without a scale, the affine weights.
-        scale: a scalar.
-        total: (B, C, H, W).
-        relu: cut off below zero.
-    """
-    return _Half.apply(x, None, None, *_affine(module, scale, x), total, module, (1, 1), relu)
-
-
-def half(
+def operation(
     x: Tensor,
-    depthwise: Tensor,
-    pointwise: Tensor,
-    stride: int,
-    dilation: int,
     module: nn.BatchNorm2d,
+    way: Way = Way(),
+    weights: tuple[Tensor, Tensor] | None = None,
     scale: Tensor | None = None,
     total: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """norm(pointwise(depthwise(x))), see `norm`.
+    """BN(way(x)), max(BN(way(x)), 0), or total + scale * BN(way(x)), the latter in place.
 
     Args:
         x: (B, C, H, W).
-        depthwise: (C, 1, k, k), k of KERNELS; padded by dilation * (k // 2).
-        pointwise: (C, C, 1, 1).
-        stride, dilation: of the depthwise convolution, 1 or 2.
+        module: the statistics and, without a scale, the affine weights.
+        way: what comes before the batch norm.
+        weights: of a convolution: depthwise (C, 1, k, k) and pointwise (C, C, 1, 1), k of KERNELS.
+        scale: a scalar.
+        total: (B, C, ceil(H / stride), ceil(W / stride)).
+        relu: cut off the result below zero.
     """
-    return _Half.apply(x, depthwise, pointwise, *_affine(module, scale, x), total, module, (stride, dilation), relu)
-
-
-def _affine(module: nn.BatchNorm2d, scale: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if scale is not None:
-        return scale, None
-    return (module.weight, module.bias) if module.affine else (x.new_ones(()), None)
+        gamma, beta = scale, None
+    else:
+        gamma, beta = (module.weight, module.bias) if module.affine else (x.new_ones(()), None)
+    return _Operation.apply(x, *(weights or (None, None)), gamma, beta, total, module, way, relu)
 
 
-class _Half(torch.autograd.Function):
+class _Operation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -140,38 +147,33 @@ class _Half(torch.autograd.Function):
         beta: Tensor | None,
         total: Tensor | None,
         module: nn.BatchNorm2d,
-        geometry: tuple[int, int],  # stride, dilation
+        way: Way,
         relu: bool,
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
-        stride, dilation = geometry
-        kernel = 0 if depthwise is None else depthwise.shape[2]
-        # torch's own rule: statistics of the batch in training, or where there are no running ones
+        size = (batch, channels, -(-height // way.stride), -(-width // way.stride))
         training = module.training
-        count = batch * (-(-height // stride)) * (-(-width // stride))
-        if training and count < 2:
+        if training and size[0] * size[2] * size[3] < 2:
             raise ValueError(f"batch norm needs more than one value a channel in training, got {tuple(x.shape)}")
-        out = total
-        if total is None:
-            out = x.new_empty(batch, channels, -(-height // stride), -(-width // stride))
-            out = out.contiguous(memory_format=torch.channels_last)
-        assert out is not None and out.is_contiguous(memory_format=torch.channels_last)
+        out = torch.empty(size, memory_format=torch.channels_last) if total is None else total
+        assert out.shape == size and out.is_contiguous(memory_format=torch.channels_last)
         mean, var = module.running_mean, module.running_var
         assert mean is not None and var is not None and module.momentum is not None
         if training:
             statistics = x.new_empty(2, channels)
             assert module.num_batches_tracked is not None
-            module.num_batches_tracked.add_(1)
+            if module.momentum:
+                module.num_batches_tracked.add_(1)
         else:
             statistics = torch.stack([mean, (var + module.eps).rsqrt()])
         shape = _Shape(
-            batch, height, width, channels, kernel, stride, dilation,
-            training, relu, total is not None, torch.get_num_threads(), module.momentum, module.eps,
+            batch, height, width, channels, *way[:4], training, relu, total is not None,
+            torch.get_num_threads(), way.relu, module.momentum, module.eps,
         )  # fmt: skip
         wide = gamma.expand(channels).contiguous()
         weights = [None if w is None else w.contiguous() for w in (depthwise, pointwise)]
-        _call("half_forward", shape, x, *weights, wide, beta, *statistics, mean, var, out)
+        _call("operation_forward", shape, x, *weights, wide, beta, *statistics, mean, var, out)
         if total is not None:
             ctx.mark_dirty(total)
         ctx.save_for_backward(x, *weights, wide, beta, statistics)
@@ -183,16 +185,15 @@ class _Half(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, depthwise, pointwise, gamma, beta, statistics = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        made = [None if t is None else torch.empty_like(t) for t in (x, depthwise, pointwise, gamma, gamma)]
-        _call("half_backward", ctx.shape, x, depthwise, pointwise, gamma, beta, *statistics, grad, *made)
-        grad_x, grad_depthwise, grad_pointwise, grad_gamma, grad_beta = made
-        if ctx.scalar:
-            grad_gamma = grad_gamma.sum()
+        grad_x, grad_gamma, grad_beta = torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
+        grad_depthwise, grad_pointwise = (None if w is None else torch.empty_like(w) for w in (depthwise, pointwise))
+        made = (grad_x, grad_depthwise, grad_pointwise, grad_gamma, grad_beta)
+        _call("operation_backward", ctx.shape, x, depthwise, pointwise, gamma, beta, *statistics, grad, *made)
         return (
             grad_x,
             grad_depthwise,
             grad_pointwise,
-            grad_gamma,
+            grad_gamma.sum() if ctx.scalar else grad_gamma,
             grad_beta if beta is not None else None,
             grad if ctx.total else None,
             None,

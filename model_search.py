@@ -5,32 +5,18 @@ architecture with the supernet's weights.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sampling
 from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
-from operations import FIRST, Conv, FactorizedReduce, Norm, Operation, add, drop_path, make_op
+from operations import Conv, FactorizedReduce, Norm, Operation, State, add, drop_path, frozen_statistics, make_op
 from sampling import Z
-
-
-class State:
-    """A state of a cell (B, C, H, W) with the parameter-free first stages that its edges share."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self._stages: dict[tuple[str, int], Tensor] = {}
-
-    def stage(self, op: Operation) -> Tensor:
-        """first(x) of the operation, computed once per kind and stride."""
-        # Strides belong to pooling; what comes before a strided convolution does not depend on them.
-        key = (op.first, op.stride if "pool" in op.first else 1)
-        if key not in self._stages:
-            self._stages[key] = FIRST[op.first](self.x, op.stride)
-        return self._stages[key]
 
 
 class MixedOp(nn.Module):
@@ -50,8 +36,7 @@ class MixedOp(nn.Module):
         """total + the Z-weighted sum of the active operations, in place; None where there is neither."""
         for name, weight, on in zip(self.names, weights, active, strict=True):
             if on and name != NONE:
-                op = self.ops[name]
-                total = op.rest(state.stage(op), weight, total)
+                total = self.ops[name](state, weight, total)
         return total
 
 
@@ -76,7 +61,7 @@ class Cell(nn.Module):
         )
 
     def forward(
-        self, before: Tensor, last: Tensor, z: Tensor, active: Sequence[Sequence[bool]], drop: float = 0.0
+        self, before: State, last: State, z: Tensor, active: Sequence[Sequence[bool]], drop: float = 0.0
     ) -> Tensor:
         """c_{k-2}, c_{k-1} and Z (E, O) -> (B, N * C, H', W')."""
         states = [State(self.prepare0(before)), State(self.prepare1(last))]
@@ -109,6 +94,7 @@ class Network(nn.Module):
         nodes: intermediate nodes of a cell.
         in_channels: channels of the images.
         drop_path_prob: probability that a sample skips an edge, in training.
+        recompute: keep only the inputs of each cell for the backward pass and compute the rest again.
     """
 
     cells: Sequence[Cell]
@@ -122,9 +108,10 @@ class Network(nn.Module):
         nodes: int = 4,
         in_channels: int = 3,
         drop_path_prob: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.space, self.nodes, self.drop_path_prob = space, nodes, drop_path_prob
+        self.space, self.nodes, self.drop_path_prob, self.recompute = space, nodes, drop_path_prob, recompute
         stem_channels = 3 * init_channels
         self.stem = nn.Sequential(nn.Conv2d(in_channels, stem_channels, 3, padding=1, bias=False), Norm(stem_channels))
         plans = cell_plan(init_channels, layers, stem_channels, (nodes, nodes))
@@ -153,15 +140,30 @@ class Network(nn.Module):
         An operation whose weight is exactly zero is not computed when Z asks for no gradient, as in the
         evaluation of a one-hot Z; its term is zero either way.
         """
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
-        before, last = x, x
+        before = last = State(self.stem(images.contiguous(memory_format=torch.channels_last)))
         of_kind = [iter(self._per_cell(rows, kind)) for kind, rows in enumerate(z)]
         for cell in self.cells:
             rows = next(of_kind[cell.plan.reduction])  # (E, O)
             every = rows.requires_grad or rows.is_meta  # meta tensors, used to count flops, have no values
             active = [[True] * rows.shape[1]] * rows.shape[0] if every else (rows != 0).tolist()
-            before, last = last, cell(before, last, rows, active, self.drop_path_prob)
-        return self.classifier(last.mean((2, 3)))
+            if self.recompute and self.training and torch.is_grad_enabled():
+                before, last = last, State(self._recomputed(cell, before, last, rows, active))
+            else:
+                before, last = last, State(cell(before, last, rows, active, self.drop_path_prob))
+        return self.classifier(last.x.mean((2, 3)))
+
+    def _recomputed(
+        self, cell: Cell, before: State, last: State, rows: Tensor, active: Sequence[Sequence[bool]]
+    ) -> Tensor:
+        """cell(...), of which the backward pass keeps only the inputs and computes the rest again."""
+
+        def run(before: Tensor, last: Tensor, rows: Tensor) -> Tensor:
+            return cell(State(before), State(last), rows, active, self.drop_path_prob)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), frozen_statistics(cell)  # of the forward pass, of its repetition
+
+        return checkpoint(run, before.x, last.x, rows, use_reentrant=False, context_fn=contexts)
 
     def _per_cell(self, rows: Tensor, kind: int) -> Sequence[Tensor]:
         """The Z of each cell of a kind (0 normal, 1 reduce), shared or its own."""

@@ -1,13 +1,13 @@
 """The candidate operations of a cell, and drop path.
 
-Every operation is `rest(first(x))`. `first` is its stage without parameters (ReLU, pooling, nothing):
-it depends on the source state alone, so the supernet computes it once per state and stride and shares
-it among all edges that leave the state. `rest(y, scale, total)` holds what learns; `scale` is the operation's
-weight Z_k in the supernet, folded into the last batch norm instead of a pass of its own, and `total` the sum of
-the node so far, to which the result is added in place.
+An operation maps a state to y = O_k(x), or adds Z_k O_k(x) to the sum of a node: op(state, scale, total). Where the
+fused kernels work (kernels.usable) they do all of it in one pass. Elsewhere it is `rest(first(x))`: `first` is the
+stage without parameters (ReLU, pooling, nothing), which depends on the state alone and is computed once for all edges
+that leave the state; `rest` holds what learns, and folds the scale into its last batch norm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -31,24 +31,42 @@ class Norm(nn.BatchNorm2d):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """BN(x), max(BN(x), 0), or BN(x) * scale + total, the latter in place."""
+        """BN(x), max(BN(x), 0), or total + scale * BN(x), the latter in place."""
         if kernels.usable(x):
-            return kernels.norm(x, self, scale, total, relu)
-        if scale is None:
-            y = super().forward(x)
-            return F.relu(y, inplace=True) if relu else y
-        assert not self.affine and self.momentum is not None and self.num_batches_tracked is not None
-        if self.training:
+            return kernels.operation(x, self, scale=scale, total=total, relu=relu)
+        assert self.momentum is not None and self.num_batches_tracked is not None
+        if self.training and self.momentum:
             self.num_batches_tracked.add_(1)
         # repeat, not expand: batch norm's backward reads past a stride-0 weight (torch 2.14, CPU)
-        gamma = scale.reshape(1).repeat(self.num_features)  # (C,)
-        y = F.batch_norm(x, self.running_mean, self.running_var, gamma, None, self.training, self.momentum, self.eps)
-        return add(total, y)
+        gamma = self.weight if scale is None else scale.reshape(1).repeat(self.num_features)  # (C,)
+        y = F.batch_norm(
+            x, self.running_mean, self.running_var, gamma, self.bias, self.training, self.momentum, self.eps
+        )
+        return add(total, F.relu(y, inplace=True) if relu else y)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in training mode leave their running statistics as they are."""
+    norms = [m for m in module.modules() if isinstance(m, Norm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def add(total: Tensor | None, y: Tensor) -> Tensor:
     """total + y, in place: nothing else holds the sum of an edge or a node while it grows."""
     return y if total is None else total.add_(y)
+
+
+def subsample(x: Tensor, start: int = 0) -> Tensor:
+    """Every other pixel: x[:, :, start::2, start::2], sliced so that the gradient keeps the layout of channels_last."""
+    return x.permute(0, 2, 3, 1)[:, start::2, start::2].permute(0, 3, 1, 2)
 
 
 def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
@@ -61,9 +79,9 @@ def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tenso
     channels, pad = weight.shape[0], dilation * (weight.shape[2] // 2)
     if torch.is_grad_enabled():
         if stride == dilation == 2:
-            return F.conv2d(x[:, :, ::2, ::2], weight, None, 1, pad // 2, 1, channels)
+            return F.conv2d(subsample(x), weight, None, 1, pad // 2, 1, channels)
         if stride == 2:
-            return F.conv2d(x, weight, None, 1, pad, 1, channels)[:, :, ::2, ::2]
+            return subsample(F.conv2d(x, weight, None, 1, pad, 1, channels))
         if dilation == 2 and x.shape[2] % 2 == x.shape[3] % 2 == 0 and x.shape[2] >= 8:
             grids = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)  # (B, 4C, H/2, W/2)
             y = F.conv2d(grids, weight.repeat_interleave(4, 0), None, 1, pad // 2, 1, 4 * channels)
@@ -71,23 +89,42 @@ def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tenso
     return F.conv2d(x, weight, None, stride, pad, dilation, channels)
 
 
+class State:
+    """A state of a cell, x (B, C, H, W), with the parameter-free first stages that its edges share."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._stages: dict[tuple[str, int], Tensor] = {}
+
+    def stage(self, first: str, stride: int) -> Tensor:
+        """FIRST[first] of x, computed once per kind and stride."""
+        # Strides belong to pooling; what comes before a strided convolution does not depend on them.
+        key = (first, stride if "pool" in first else 1)
+        if key not in self._stages:
+            self._stages[key] = FIRST[first](self.x, stride)
+        return self._stages[key]
+
+
 class Operation(nn.Module):
-    """Base of the operations: forward is rest(first(x)); see the module's head."""
+    """Base of the operations; see the module's head."""
 
     def __init__(self, first: str, stride: int) -> None:
         super().__init__()
         self.first, self.stride = first, stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rest(FIRST[self.first](x, self.stride))
-
-    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-        """What follows the first stage, y = first(x): its output; or output * scale + total, `total` changed in place.
+    def forward(self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        """O(x); or total + scale * O(x), `total` changed in place.
 
         Args:
+            state: x, or the state that holds it; (B, C, H, W).
             scale: a scalar.
             total: of the output's shape, only together with a scale.
         """
+        state = state if isinstance(state, State) else State(state)
+        return self.rest(state.stage(self.first, self.stride), scale, total)
+
+    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        """What follows the first stage, y = first(x)."""
         raise AssertionError("each operation has its own")
 
 
@@ -97,7 +134,7 @@ class Skip(Operation):
     def __init__(self) -> None:
         super().__init__("identity", 1)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         if scale is None:
             return y
         return y * scale if total is None else total.addcmul_(y, scale)
@@ -109,8 +146,16 @@ class Pool(Operation):
     def __init__(self, first: str, channels: int, stride: int, affine: bool) -> None:
         super().__init__(first, stride)
         self.norm = Norm(channels, affine=affine)
+        kind = kernels.MAX if first.startswith("max") else kernels.MEAN
+        self.way = kernels.Way(kind, int(first[-1]), stride)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+    def forward(self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        x = state.x if isinstance(state, State) else state
+        if kernels.usable(x):
+            return kernels.operation(x, self.norm, self.way, None, scale, total)
+        return super().forward(state, scale, total)
+
+    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(y, scale, total)
 
 
@@ -138,14 +183,19 @@ class DilConv(Operation):
         self.depthwise = Depthwise(channels, kernel, stride, dilation)
         self.pointwise = _pointwise(channels, channels)
         self.norm = Norm(channels, affine=affine)
+        self.way = kernels.Way(kernels.CONV, kernel, stride, dilation, relu=True)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False) -> Tensor:
-        if kernels.usable(y):
-            d = self.depthwise
-            return kernels.half(
-                y, d.weight, self.pointwise.weight, d.stride, d.dilation, self.norm, scale, total, relu
-            )
-        return self.norm(self.pointwise(self.depthwise(y)), scale, total, relu)
+    def forward(
+        self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        """See Operation.forward; relu: cut off the result below zero."""
+        x = state.x if isinstance(state, State) else state
+        if kernels.usable(x):
+            weights = (self.depthwise.weight, self.pointwise.weight)
+            return kernels.operation(x, self.norm, self.way, weights, scale, total, relu)
+        state = state if isinstance(state, State) else State(state)
+        d = self.depthwise(state.stage(self.first, self.stride))
+        return self.norm(self.pointwise(d), scale, total, relu)
 
 
 class SepConv(Operation):
@@ -156,8 +206,8 @@ class SepConv(Operation):
         self.half1 = DilConv(channels, kernel, stride, affine, dilation=1)
         self.half2 = DilConv(channels, kernel, 1, affine, dilation=1)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-        return self.half2.rest(self.half1.rest(y, relu=True), scale, total)
+    def forward(self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        return self.half2(self.half1(state), scale, total)
 
 
 class Conv(Operation):
@@ -168,7 +218,7 @@ class Conv(Operation):
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.norm = Norm(c_out, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(self.conv(y), scale, total)
 
 
@@ -182,7 +232,7 @@ class ConvPair(Operation):
         self.column = nn.Conv2d(channels, channels, (kernel, 1), (stride, 1), (pad, 0), bias=False)
         self.norm = Norm(channels, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(self.column(self.row(y)), scale, total)
 
 
@@ -198,10 +248,11 @@ class FactorizedReduce(Operation):
         self.odd = _pointwise(c_in, c_out - c_out // 2)
         self.norm = Norm(c_out, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         height, width = y.shape[2:]
-        odd = F.pad(y, (0, width % 2, 0, height % 2))[:, :, 1::2, 1::2]
-        return self.norm(torch.cat([self.even(y[:, :, ::2, ::2]), self.odd(odd)], 1), scale, total)
+        padded = F.pad(y, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else y
+        both = torch.cat([self.even(subsample(y)), self.odd(subsample(padded, 1))], 1)
+        return self.norm(both, scale, total)
 
 
 def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:

@@ -70,7 +70,14 @@ def build(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> L
 def make_network(opt: TrainOptions, info: DataInfo) -> Network:
     """The supernet of the options and the data."""
     return Network(
-        opt.init_channels, len(info.classes), opt.layers, opt.space, opt.nodes, info.channels, opt.drop_path_prob
+        opt.init_channels,
+        len(info.classes),
+        opt.layers,
+        opt.space,
+        opt.nodes,
+        info.channels,
+        opt.drop_path_prob,
+        opt.recompute,
     )
 
 

@@ -97,6 +97,8 @@ class TrainOptions(RunOptions):
     """Intermediate nodes of a cell."""
     drop_path_prob: HalfOpenUnit = 0.0
     """Probability that a sample skips an edge in training."""
+    recompute: bool = False
+    """Keep only the inputs of each cell for the backward pass and compute the rest again: less memory, slower."""
 
     learning_rate: PositiveFloat = 0.025
     """Of theta (SGD), at the start."""

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"genotypes", "options"},
-    {"utils", "distributed", "operations", "sampling", "images"},
+    {"utils", "distributed", "kernels", "sampling", "images"},
+    {"operations"},
     {"data", "model_search", "model", "visualize"},
     {"cost", "checkpoint", "report"},
     {"experiment", "child"},

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from textbook import Textbook
 from torch import nn
 
 import cost
+from benchmarks.textbook import Textbook
 from genotypes import SPACES, Genotype, derive, edge_list
 from model_search import Network
 from operations import Norm

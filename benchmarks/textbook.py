@@ -1,7 +1,10 @@
-"""The supernet as a textbook writes it: one module per edge and op, NCHW, a multiply per op. The oracle.
+"""The supernet as a textbook writes it: one module per edge and op, NCHW, a multiply per op.
 
-Built from torch.nn alone; shares no code with operations.py, model_search.py or genotypes.py.
+The oracle of the tests and the contender of the benchmarks. Built from torch.nn alone; shares no code with
+operations.py, model_search.py or genotypes.py.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,12 @@ OPS = (
 
 
 def bn(channels: int) -> nn.Module:
+    """Batch norm as in the cells of a supernet."""
     return nn.BatchNorm2d(channels, affine=False)
 
 
 def separable(c: int, k: int, stride: int, dilation: int) -> list[nn.Module]:
+    """ReLU, depthwise, pointwise, batch norm."""
     pad = dilation * (k // 2)
     return [
         nn.ReLU(),
@@ -33,6 +38,8 @@ def separable(c: int, k: int, stride: int, dilation: int) -> list[nn.Module]:
 
 
 class Reduce(nn.Module):
+    """Factorized reduction: the stride-2 identity."""
+
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
         self.a = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
@@ -46,6 +53,7 @@ class Reduce(nn.Module):
 
 
 def op(name: str, c: int, stride: int) -> nn.Module:
+    """A candidate operation of the space of the paper."""
     if name == "skip_connect":
         return nn.Identity() if stride == 1 else Reduce(c, c)
     return {
@@ -59,6 +67,8 @@ def op(name: str, c: int, stride: int) -> nn.Module:
 
 
 class TextbookCell(nn.Module):
+    """All operations on all 14 edges."""
+
     def __init__(self, c_pp: int, c_p: int, c: int, reduction: bool, reduction_prev: bool) -> None:
         super().__init__()
         self.reduction = reduction
@@ -77,7 +87,8 @@ class TextbookCell(nn.Module):
         for i in range(4):
             total: Tensor | int = 0
             for j in range(2 + i):
-                for k, module in enumerate(self.edges[e]):
+                ops: Iterable[nn.Module] = self.edges[e]  # type: ignore[assignment]
+                for k, module in enumerate(ops):
                     total = total + z[e, k + 1] * module(states[j])
                 e += 1
             states.append(total)
@@ -85,6 +96,8 @@ class TextbookCell(nn.Module):
 
 
 class Textbook(nn.Module):
+    """C, number of classes, number of cells; forward(images, Z of normal cells, Z of reduction cells)."""
+
     def __init__(self, c: int, classes: int, layers: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * c, 3, padding=1, bias=False), nn.BatchNorm2d(3 * c))
