@@ -25,7 +25,7 @@ struct Shape {  // as kernels.py fills it
     int32_t batch, height, width, channels;      // of the input
     int32_t kind, kernel, stride, dilation;      // a Kind; kernel 1 with NOTHING
     int32_t training, relu, accumulate, threads; // training: with the statistics of the batch, not the running ones
-    int32_t relu_first;                          // of CONV
+    int32_t relu_first, scalar;                  // of CONV; gamma is one number for all channels
     float momentum, eps;
 };
 
@@ -370,7 +370,7 @@ template <typename vec> struct Operation {
     void affine(const float *gamma, const float *beta, const float *mean, const float *invstd, float *a, float *b) const {
         memset(a, 0, 4 * Cp), memset(b, 0, 4 * Cp);
         for (int c = 0; c < C; c++) {
-            a[c] = gamma[c] * invstd[c];
+            a[c] = (gamma ? gamma[s.scalar ? 0 : c] : 1) * invstd[c];
             b[c] = (beta ? beta[c] : 0) - a[c] * mean[c];
         }
     }
@@ -387,7 +387,7 @@ template <typename vec> struct Operation {
     }
 
     int forward(const float *x, const float *depthwise, const float *pointwise, const float *gamma, const float *beta,
-                float *mean, float *invstd, float *running_mean, float *running_var, float *out) const {
+                float *mean, float *invstd, float *running_mean, float *running_var, int64_t *tracked, float *out) const {
         const size_t own = conv || pool ? padded(bordered) + padded(pixels) : 0;
         const size_t all = stored ? padded(s.batch * pixels) : 0;
         if (!arena.reserve(weights_size() + 2 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + all + s.threads * own))
@@ -411,7 +411,10 @@ template <typename vec> struct Operation {
             }
 #pragma omp single
             {
-                if (s.training) statistics(parts, mean, invstd, running_mean, running_var);
+                if (s.training) {
+                    statistics(parts, mean, invstd, running_mean, running_var);
+                    if (s.momentum) ++*tracked;
+                }
                 affine(gamma, beta, mean, invstd, a, b);
             }
 #pragma omp for schedule(static)
@@ -460,6 +463,7 @@ template <typename vec> struct Operation {
         memset(centre, 0, 4 * Cp), memset(scale, 0, 4 * Cp), memset(slope, 0, 4 * Cp), memset(shift, 0, 4 * Cp);
         memcpy(centre, mean, 4 * C), memcpy(scale, invstd, 4 * C);
         affine(gamma, beta, mean, invstd, a, b);
+        double products = 0; // over all channels: the gradient of a scalar gamma
 
 #pragma omp parallel num_threads(s.threads)
         {
@@ -483,7 +487,9 @@ template <typename vec> struct Operation {
                 for (int i = 0; i < s.batch; i++) {
                     sum += parts[size_t(i) * 2 * Cp + c], product += parts[(size_t(i) * 2 + 1) * Cp + c];
                 }
-                grad_beta[c] = float(sum), grad_gamma[c] = float(product);
+                if (grad_beta) grad_beta[c] = float(sum);
+                products += product;
+                if (grad_gamma && !s.scalar) grad_gamma[c] = float(product);
                 if (!s.training) continue; // the statistics do not depend on x
                 slope[c] = float(-a[c] * invstd[c] * product / count), shift[c] = float(-a[c] * sum / count);
             }
@@ -521,6 +527,7 @@ template <typename vec> struct Operation {
                     }
                 }
         }
+        if (grad_gamma && s.scalar) *grad_gamma = float(products);
         if (!conv) return 0;
         for (int c = 0; c < C; c++) {
             for (int t = 0; t < kk; t++) grad_depthwise[c * kk + t] = total(partial + t * Cp + c, chunks, part);
@@ -547,16 +554,16 @@ template <typename Call> int with_width(int channels, Call call) {
 
 extern "C" {
 
-// mean and invstd (C): written in training, else read. Returns 0, or 1 where memory is lacking.
+// gamma and beta may be NULL; mean and invstd (C) are written in training, else read. Returns 0, or 1 where memory is lacking.
 int operation_forward(const Shape *s, const float *x, const float *depthwise, const float *pointwise, const float *gamma,
-                 const float *beta, float *mean, float *invstd, float *running_mean, float *running_var, float *out) {
+                 const float *beta, float *mean, float *invstd, float *running_mean, float *running_var, int64_t *tracked, float *out) {
     return with_width(s->channels, [&](auto width) {
         return Operation<decltype(width)>(*s).forward(x, depthwise, pointwise, gamma, beta, mean, invstd, running_mean, running_var,
-                                       out);
+                                       tracked, out);
     });
 }
 
-// Gradients of x, both weights, gamma and beta from that of y; d and p are computed again from x.
+// Gradients of x, both weights, gamma and beta (unless NULL) from that of y; d and p are computed again from x.
 int operation_backward(const Shape *s, const float *x, const float *depthwise, const float *pointwise, const float *gamma,
                   const float *beta, const float *mean, const float *invstd, const float *grad, float *grad_x,
                   float *grad_depthwise, float *grad_pointwise, float *grad_gamma, float *grad_beta) {

@@ -8,8 +8,7 @@ node in place; and for the backward pass it keeps its input alone, which all edg
 computes the two intermediates again, for less than reading them back would cost.
 
 The source is compiled with the C++ compiler of the machine at the first use and kept in ~/.cache/snas. Where there is
-none, on other devices, for other types than float32, under torch.compile and export, callers use PyTorch's own
-operations: `usable` says which. Results agree to float32 rounding and do not depend on the number of threads.
+none, on other devices, for other types than float32 and for export, callers use PyTorch's own operations: `usable` says which. Results agree to float32 rounding and do not depend on the number of threads.
 """
 
 import ctypes
@@ -19,6 +18,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class _Shape(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels")),
         *((name, ctypes.c_int32) for name in ("kind", "kernel", "stride", "dilation")),
-        *((name, ctypes.c_int32) for name in ("training", "relu", "accumulate", "threads", "relu_first")),
+        *((name, ctypes.c_int32) for name in ("training", "relu", "accumulate", "threads", "relu_first", "scalar")),
         ("momentum", ctypes.c_float),
         ("eps", ctypes.c_float),
     )
@@ -95,17 +95,22 @@ def _processor() -> str:
         return platform.processor()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _available() -> bool:
+    return library() is not None
+
+
 def usable(x: Tensor) -> bool:
-    """Whether the kernels can work on x (B, C, H, W): a plain float32 tensor of the CPU, in eager mode."""
+    """Whether the kernels can work on x (B, C, H, W): a plain float32 tensor of the CPU that is not being exported."""
     return (
         enabled
         and type(x) is Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
         and not torch.is_autocast_enabled("cpu")
         and x.numel() > 0
-        and library() is not None
+        and _available()
     )
 
 
@@ -129,11 +134,65 @@ def operation(
         total: (B, C, ceil(H / stride), ceil(W / stride)).
         relu: cut off the result below zero.
     """
-    if scale is not None:
-        gamma, beta = scale, None
-    else:
-        gamma, beta = (module.weight, module.bias) if module.affine else (x.new_ones(()), None)
-    return _Operation.apply(x, *(weights or (None, None)), gamma, beta, total, module, way, relu)
+    gamma, beta = (module.weight, module.bias) if scale is None else (scale, None)
+    assert module.running_mean is not None and module.running_var is not None and module.momentum is not None
+    assert module.num_batches_tracked is not None
+    tensors = (x, *(weights or (None, None)), gamma, beta, total)
+    state = (module.running_mean, module.running_var, module.num_batches_tracked)
+    settings = [*way[:4], way.relu, module.training, relu]
+    if torch.compiler.is_compiling():
+        y, _, running = _traced(*tensors, *state[:2], settings, module.momentum, module.eps)
+        if module.training:
+            state[0].copy_(running[0].detach())
+            state[1].copy_(running[1].detach())
+            state[2].add_(1 if module.momentum else 0)
+        return y
+    return _Operation.apply(*tensors, state, settings, module.momentum, module.eps)
+
+
+Optionals = Sequence[Tensor | None]
+
+
+def _forward(
+    inputs: Optionals, out: Tensor, accumulate: bool, state: Optionals, settings: list[int], momentum: float, eps: float
+) -> tuple[_Shape, Tensor]:
+    """Fill `out`; inputs are x, depthwise, pointwise, gamma and beta. Returns the shape and mean and 1 / std (2, C)."""
+    x, gamma = inputs[0], inputs[3]
+    assert x is not None and out.is_contiguous(memory_format=torch.channels_last)
+    *way, relu_first, training, relu = settings
+    batch, channels, height, width = x.shape
+    if training and out.numel() // channels < 2:
+        raise ValueError(f"batch norm needs more than one value a channel in training, got {tuple(x.shape)}")
+    scalar = gamma is not None and gamma.dim() == 0
+    shape = _Shape(
+        batch, height, width, channels, *way, training, relu, accumulate, torch.get_num_threads(), relu_first, scalar,
+        momentum, eps,
+    )  # fmt: skip
+    mean, var, _ = state
+    assert mean is not None and var is not None
+    statistics = torch.empty(2, channels) if training else torch.stack([mean, (var + eps).rsqrt()])
+    _call("operation_forward", shape, *inputs, statistics[0], statistics[1], *state, out)
+    return shape, statistics
+
+
+def _backward(shape: _Shape, inputs: Optionals, statistics: Tensor, grad: Tensor) -> Optionals:
+    """The gradients of the inputs of _forward from that of its output."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    grads = [None if t is None else torch.empty_like(t) for t in inputs]
+    _call("operation_backward", shape, *inputs, statistics[0], statistics[1], grad, *grads)
+    return grads
+
+
+def _laid_out(x: Tensor, depthwise: Tensor | None, pointwise: Tensor | None, *others: Tensor | None) -> Optionals:
+    """Tensors as the kernels want them in memory."""
+    weights = (None if w is None else w.contiguous() for w in (depthwise, pointwise))
+    return (x.contiguous(memory_format=torch.channels_last), *weights, *others)
+
+
+def _new_output(x: Tensor, stride: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    size = (batch, channels, -(-height // stride), -(-width // stride))
+    return torch.empty(size, memory_format=torch.channels_last, device=x.device)
 
 
 class _Operation(torch.autograd.Function):
@@ -143,63 +202,111 @@ class _Operation(torch.autograd.Function):
         x: Tensor,
         depthwise: Tensor | None,
         pointwise: Tensor | None,
-        gamma: Tensor,  # (C,), or one for all channels
+        gamma: Tensor | None,  # (C,), or () for all channels
         beta: Tensor | None,
         total: Tensor | None,
-        module: nn.BatchNorm2d,
-        way: Way,
-        relu: bool,
+        state: Optionals,  # running mean, running variance, number of batches
+        settings: list[int],
+        momentum: float,
+        eps: float,
     ) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        batch, channels, height, width = x.shape
-        size = (batch, channels, -(-height // way.stride), -(-width // way.stride))
-        training = module.training
-        if training and size[0] * size[2] * size[3] < 2:
-            raise ValueError(f"batch norm needs more than one value a channel in training, got {tuple(x.shape)}")
-        out = torch.empty(size, memory_format=torch.channels_last) if total is None else total
-        assert out.shape == size and out.is_contiguous(memory_format=torch.channels_last)
-        mean, var = module.running_mean, module.running_var
-        assert mean is not None and var is not None and module.momentum is not None
-        if training:
-            statistics = x.new_empty(2, channels)
-            assert module.num_batches_tracked is not None
-            if module.momentum:
-                module.num_batches_tracked.add_(1)
-        else:
-            statistics = torch.stack([mean, (var + module.eps).rsqrt()])
-        shape = _Shape(
-            batch, height, width, channels, *way[:4], training, relu, total is not None,
-            torch.get_num_threads(), way.relu, module.momentum, module.eps,
-        )  # fmt: skip
-        wide = gamma.expand(channels).contiguous()
-        weights = [None if w is None else w.contiguous() for w in (depthwise, pointwise)]
-        _call("operation_forward", shape, x, *weights, wide, beta, *statistics, mean, var, out)
+        out = _new_output(x, settings[2]) if total is None else total
+        inputs = _laid_out(x, depthwise, pointwise, gamma, beta)
+        ctx.shape, statistics = _forward(inputs, out, total is not None, state, settings, momentum, eps)
         if total is not None:
             ctx.mark_dirty(total)
-        ctx.save_for_backward(x, *weights, wide, beta, statistics)
-        ctx.shape, ctx.scalar, ctx.total = shape, gamma.numel() == 1 and channels > 1, total is not None
+        ctx.save_for_backward(*inputs, statistics)
+        ctx.total = total is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, depthwise, pointwise, gamma, beta, statistics = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x, grad_gamma, grad_beta = torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
-        grad_depthwise, grad_pointwise = (None if w is None else torch.empty_like(w) for w in (depthwise, pointwise))
-        made = (grad_x, grad_depthwise, grad_pointwise, grad_gamma, grad_beta)
-        _call("operation_backward", ctx.shape, x, depthwise, pointwise, gamma, beta, *statistics, grad, *made)
-        return (
-            grad_x,
-            grad_depthwise,
-            grad_pointwise,
-            grad_gamma.sum() if ctx.scalar else grad_gamma,
-            grad_beta if beta is not None else None,
-            grad if ctx.total else None,
-            None,
-            None,
-            None,
-        )
+        *inputs, statistics = ctx.saved_tensors
+        return (*_backward(ctx.shape, inputs, statistics, grad), grad if ctx.total else None, None, None, None, None)
+
+
+# The same under torch.compile: an operator that the compiler does not look into, and that changes none of its inputs.
+
+
+@torch.library.custom_op("snas::operation", mutates_args=())
+def _traced(
+    x: Tensor,
+    depthwise: Tensor | None,
+    pointwise: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    total: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    settings: list[int],
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, mean and 1 / std (2, C), the running mean and variance afterwards (2, C)."""
+    out = _new_output(x, settings[2])
+    if total is not None:
+        out.copy_(total)
+    inputs = _laid_out(x, depthwise, pointwise, gamma, beta)
+    running = torch.stack([mean, var])
+    state = (running[0], running[1], torch.zeros((), dtype=torch.int64))
+    _, statistics = _forward(inputs, out, total is not None, state, settings, momentum, eps)
+    return out, statistics, running
+
+
+@_traced.register_fake
+def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_output(x, others[7][2]), x.new_empty(2, x.shape[1]), x.new_empty(2, x.shape[1])
+
+
+@torch.library.custom_op("snas::operation_backward", mutates_args=())
+def _traced_backward(
+    x: Tensor,
+    depthwise: Tensor | None,
+    pointwise: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    statistics: Tensor,
+    grad: Tensor,
+    settings: list[int],
+) -> list[Tensor]:
+    """The gradients of those inputs that are tensors."""
+    *way, relu_first, training, relu = settings
+    inputs = _laid_out(x, depthwise, pointwise, gamma, beta)
+    batch, channels, height, width = x.shape
+    scalar = gamma is not None and gamma.dim() == 0
+    shape = _Shape(
+        batch, height, width, channels, *way, training, relu, False, torch.get_num_threads(), relu_first, scalar, 0, 0
+    )
+    return [g for g in _backward(shape, inputs, statistics, grad) if g is not None]
+
+
+@_traced_backward.register_fake
+def _(
+    x: Tensor,
+    depthwise: Tensor | None,
+    pointwise: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *others: Any,
+) -> list[Tensor]:
+    made = [torch.empty_like(x, memory_format=torch.channels_last)]
+    return made + [torch.empty_like(t) for t in (depthwise, pointwise, gamma, beta) if t is not None]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.total, ctx.settings = inputs[5] is not None, inputs[8]
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    *inputs, statistics = ctx.saved_tensors
+    made = iter(_traced_backward(*inputs, statistics, grad, ctx.settings))
+    grads = [None if t is None else next(made) for t in inputs]
+    return (*grads, grad if ctx.total else None, *[None] * 5)
+
+
+_traced.register_autograd(_differentiate, setup_context=_setup)
 
 
 def _call(name: str, shape: _Shape, *tensors: Tensor | None) -> None:

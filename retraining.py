@@ -55,7 +55,9 @@ class Learner:
 
 def build(opt: ChildOptions, network: ChildNetwork) -> Learner:
     """The child with SGD, its schedule and, with --ema_decay, the average of its weights."""
-    optimizer = torch.optim.SGD(network.parameters(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay)
+    optimizer = torch.optim.SGD(
+        network.parameters(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
+    )
     scheduler: LRScheduler
     if opt.schedule == "cosine":
         scheduler = CosineAnnealingLR(optimizer, opt.epochs, opt.learning_rate_min)

@@ -59,9 +59,11 @@ def build(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> L
     """The supernet, its objective, SGD for theta and Adam for alpha, seeded; on the CPU."""
     torch.manual_seed(utils.fold(opt.seed, "init"))
     network = make_network(opt, info)
-    theta = torch.optim.SGD(network.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay)
+    theta = torch.optim.SGD(
+        network.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
+    )
     alpha = torch.optim.Adam(
-        network.alphas(), opt.arch_learning_rate, opt.arch_betas, weight_decay=opt.arch_weight_decay
+        network.alphas(), opt.arch_learning_rate, opt.arch_betas, weight_decay=opt.arch_weight_decay, fused=True
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(theta, opt.epochs, opt.learning_rate_min)
     return Learner(network, make_objective(network, info, opt), theta, alpha, scheduler)

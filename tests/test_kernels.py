@@ -3,12 +3,15 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kernels
+from genotypes import random_genotype
+from model import ChildNetwork
 from model_search import Network
 from operations import Norm, Operation, make_op
 from sampling import Z
@@ -189,3 +192,23 @@ def test_detached_z_and_one_value_a_channel() -> None:
     assert network.alpha_normal.grad is None and network.stem[0].weight.grad is not None
     with pytest.raises(ValueError, match="more than one value"):
         make_op("sep_conv_3x3", 4, 1, affine=False)(torch.randn(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_child_is_the_supernet_at_one_hot_z(seed: int) -> None:
+    torch.manual_seed(seed)
+    genotype = random_genotype("snas", Random(seed))
+    supernet = Network(8, 3, 3)
+    child = ChildNetwork(genotype, 8, 3, 3, affine=False)
+    child.load_state_dict(supernet.child_state_dict(genotype))
+    images, z = torch.randn(4, 3, 12, 12), supernet.one_hot(genotype)
+    outputs = [supernet(images, z), child(images)[0]]
+    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5)
+    theta = dict(child.named_parameters())
+    used = [name for name, p in theta.items() if name.startswith("cells.0.ops")]
+    theirs = dict(zip(used, torch.autograd.grad(outputs[1].sum(), [theta[n] for n in used]), strict=True))
+    outputs[0].sum().backward()
+    for p in supernet.parameters():
+        p.data = torch.zeros_like(p) if p.grad is None else p.grad
+    ours = supernet.child_state_dict(genotype)
+    assert used and all(torch.allclose(theirs[n], ours[n], rtol=1e-2, atol=1e-4) for n in used)

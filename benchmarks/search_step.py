@@ -1,0 +1,271 @@
+"""One joint search step of several supernets: time in turns, peak memory alone, kernels, distance to the limit.
+
+    python -m benchmarks.search_step
+    python -m benchmarks.search_step --contenders='[textbook, ours, compiled]' --rounds 10
+    python -m benchmarks.search_step --external my_adapter.py
+
+A step is forward, backward, both gradient clips, SGD for theta and Adam for alpha. Contenders:
+
+    textbook   one module per edge and op, NCHW, a multiply per op output (benchmarks/textbook.py)
+    ours       what main.py runs
+    recompute  the same with --recompute True
+    plain      the same without the fused CPU kernels
+    bf16       the same with --precision bf16
+    compiled   the same with --compile True; minutes before the first step
+
+--external FILE names a Python file that defines
+
+    def contender(init_channels, layers, num_classes, device):
+        return forward, thetas, alphas
+
+where forward(images) -> logits samples its own Z, and thetas and alphas are lists of parameters. Nothing of it is kept.
+"""
+
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import engine
+import kernels
+import options
+import sampling
+import utils
+from benchmarks import machine
+from benchmarks.textbook import Textbook
+from model_search import Network
+from options import UserError
+
+Name = Literal["textbook", "ours", "recompute", "plain", "bf16", "compiled"]
+Contender = tuple[Callable[[Tensor], Tensor], list[nn.Parameter], list[nn.Parameter]]  # forward, thetas, alphas
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What is compared."""
+
+    contenders: list[Name] = field(default_factory=lambda: ["textbook", "ours", "recompute", "plain"])
+    """Who takes part, in this order; the first is what the others are compared with."""
+    external: str | None = None
+    """A Python file with a further contender."""
+    init_channels: PositiveInt = 16
+    """C."""
+    layers: PositiveInt = 8
+    """Cells."""
+    batch_size: PositiveInt = 64
+    """Images."""
+    image_size: PositiveInt = 32
+    """Side in pixels."""
+    rounds: PositiveInt = 10
+    """Steps of each contender that count."""
+    device: str = "auto"
+    """As for main.py."""
+    out: str = "docs"
+    """Where performance.md and performance/ are."""
+    alone: str | None = None
+    """Measure the memory, kernels and bytes of this contender only and print them; used by the benchmark itself."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run it; returns the content of the JSON file."""
+    opt = options.parse(StepOptions, argv, "python -m benchmarks.search_step", __doc__ or "")
+    device = utils.pick_device(opt.device)
+    if opt.alone:
+        result = _alone(opt, opt.alone, device)
+        print(json.dumps(result))
+        return result
+    names: list[str] = [*opt.contenders] + (["external"] if opt.external else [])
+    alone = {name: _in_own_process(opt, name) for name in names}
+    seconds = machine.alternate({name: _step(opt, name, device) for name in names}, opt.rounds, device)
+    result = {
+        "machine": machine.describe("python -m benchmarks.search_step " + " ".join(argv or sys.argv[1:])),
+        "setting": {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "rounds")},
+        "bandwidth": machine.copy_bandwidth(device),
+        "matmul": machine.matmul_rate(device),
+        "seconds": seconds,
+        "ratios": machine.ratios(seconds, names[0]),
+        "alone": alone,
+    }
+    machine.publish("search_step", result, _text(result), Path(opt.out))
+    return result
+
+
+def _contender(opt: StepOptions, name: str, device: torch.device) -> Contender:
+    torch.manual_seed(0)
+    if name == "external":
+        return _external(opt, device)
+    if name == "textbook":
+        textbook = Textbook(opt.init_channels, 10, opt.layers).to(device)
+        alphas = [nn.Parameter(1e-3 * torch.randn(14, 8, device=device)) for _ in range(2)]
+        return (
+            lambda images: textbook(images, *(sampling.concrete_sample(a, 1.0) for a in alphas)),
+            list(textbook.parameters()),
+            alphas,
+        )
+    network = Network(opt.init_channels, 10, opt.layers, recompute=name == "recompute").to(device)
+    if name == "compiled":
+        for cell in network.cells:
+            cell.compile()
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
+            logits: Tensor = network(images, network.sample(1.0))
+        return logits.float()
+
+    return forward, network.thetas(), network.alphas()
+
+
+def _external(opt: StepOptions, device: torch.device) -> Contender:
+    path = Path(str(opt.external))
+    spec = importlib.util.spec_from_file_location("external", path) if path.is_file() else None
+    if spec is None or spec.loader is None:
+        raise UserError(f"--external {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made: Contender = module.contender(opt.init_channels, opt.layers, 10, device)
+    return made
+
+
+def _step(opt: StepOptions, name: str, device: torch.device) -> Callable[[], None]:
+    """The step as a call without arguments."""
+    forward, thetas, alphas = _contender(opt, name, device)
+    fused = name not in ("textbook", "external")  # PyTorch's default is not
+    sgd = torch.optim.SGD(thetas, 0.025, 0.9, weight_decay=3e-4, fused=fused)
+    adam = torch.optim.Adam(alphas, 3e-4, (0.5, 0.999), weight_decay=1e-3, fused=fused)
+    images = torch.randn(opt.batch_size, 3, opt.image_size, opt.image_size, device=device)
+    targets = torch.randint(0, 10, (opt.batch_size,), device=device)
+
+    def step() -> None:
+        before, kernels.enabled = kernels.enabled, name != "plain"
+        try:
+            engine.update(F.cross_entropy(forward(images), targets), [(sgd, 5.0), (adam, 10.0)])
+        finally:
+            kernels.enabled = before
+
+    return step
+
+
+class _Count(TorchDispatchMode):
+    """Kernels that compute or move something, and the bytes of the tensors that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not func.name().startswith(
+            ("aten::empty", "aten::new_empty", "aten::detach", "profiler::")
+        ):
+            self.kernels += 1
+            self.bytes += _bytes((args, kwargs, result))
+        return result
+
+    def call(self, name: str, shape: Any, *tensors: Tensor | None) -> None:
+        """kernels._call, counted."""
+        self.kernels += 1
+        self.bytes += _bytes(tensors)
+        _call(name, shape, *tensors)
+
+
+_call = kernels._call
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def _alone(opt: StepOptions, name: str, device: torch.device) -> dict[str, Any]:
+    """Peak memory, kernels and bytes of a contender's step, and the multiply-adds of its convolutions."""
+    base = _peak(device)
+    step = _step(opt, name, device)
+    for _ in range(3):
+        step()
+    result: dict[str, Any] = {"peak_bytes": _peak(device), "before_bytes": base}
+    if name == "compiled":
+        return result
+    count = _Count()
+    kernels._call = count.call
+    with count:
+        step()
+    kernels._call = _call
+    kernels.enabled = False  # fused kernels are not seen by the counter
+    with FlopCounterMode(display=False) as flops:
+        _step(opt, "plain" if name not in ("textbook", "external") else name, device)()
+    kernels.enabled = True
+    return result | {"kernels": count.kernels, "bytes": count.bytes, "flops": flops.get_total_flops() // 2}
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _in_own_process(opt: StepOptions, name: str) -> dict[str, Any]:
+    values = {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "device")}
+    values |= {"alone": name} | ({"external": opt.external} if opt.external else {})
+    arguments = [f"--{key}={value}" for key, value in values.items()]
+    command = [sys.executable, "-m", "benchmarks.search_step", *arguments]
+    done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _text(result: dict[str, Any]) -> str:
+    setting, seconds, alone = result["setting"], result["seconds"], result["alone"]
+    first = next(iter(seconds))
+    rows = []
+    for name, times in seconds.items():
+        own = alone[name]
+        row = [name, machine.spread(times), machine.spread(result["ratios"][name]), f"{own['peak_bytes'] / 1e9:.2f} GB"]
+        row.append(f"{own['peak_bytes'] / alone[first]['peak_bytes']:.2f}")
+        if "bytes" in own:
+            memory, arithmetic = own["bytes"] / result["bandwidth"], own["flops"] / result["matmul"]
+            limit = max(memory, arithmetic)
+            row += [f"{own['kernels']:,}", f"{own['bytes'] / 1e9:.0f} GB", f"{own['flops'] / own['bytes']:.2f}"]
+            row += [f"{arithmetic:.2f} s", f"{memory:.2f} s", f"{min(times) / limit:.1f}"]
+        else:
+            row += ["-"] * 6
+        rows.append(row)
+    head = [
+        "contender",
+        "s a step",
+        f"times faster than {first}",
+        "peak memory",
+        "of it",
+        "kernels",
+        "tensors read and",
+    ]
+    head[-1] += " written"
+    head += ["multiply-adds a byte", "arithmetic alone", "memory alone", "best / limit"]
+    return (
+        f"One search step, C = {setting['init_channels']}, {setting['layers']} cells, batch {setting['batch_size']}, "
+        f"{setting['image_size']}x{setting['image_size']}, float32; n = {setting['rounds']}, median (lowest to highest), "
+        "contenders in turns.\n\n"
+        f"{machine.table(head, rows)}\n\n"
+        f"This machine copies {result['bandwidth'] / 1e9:.0f} GB/s and does {result['matmul'] / 1e9:.0f} G multiply-adds "
+        "a second in a matrix product. *Arithmetic alone* and *memory alone* are what the step would take if nothing "
+        "else limited it; the larger one is the limit. Memory counts every tensor that a kernel reads or writes as if "
+        "none were in a cache."
+    )
+
+
+if __name__ == "__main__":
+    main()
