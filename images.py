@@ -2,8 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +20,8 @@ from options import UserError
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm"}
 _WIDE = {"I;16", "I;16B", "I;16L", "I", "F"}  # more than 8 bits a pixel, one channel
 _GREY = {"1", "L", "LA", "La"} | _WIDE
-_ORIENTATION = 0x0112  # EXIF tag
+_FORMAT = 1  # of the kept arrays; to be raised when decoding changes
+_LONG = 3.0  # seconds of decoding that are worth keeping
 
 T = TypeVar("T")
 
@@ -68,10 +71,13 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-class _Header(NamedTuple):
-    size: tuple[int, int]  # H, W as shown
+class _Read(NamedTuple):
+    """An image as it was read."""
+
+    size: tuple[int, int]  # H, W as shown, before resizing
     mode: str
     top: float  # largest value of an image with more than 8 bits, else 0
+    pixels: np.ndarray[Any, Any] | None  # uint8 (H, W) or (H, W, 3), resized; None if not decoded yet
 
 
 def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache_dir: Path) -> Tensor:
@@ -82,81 +88,120 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
     files do not turn black), floating-point pixels by the largest value of the folder. Of 16-bit colours the
     high byte is taken, as Pillow does.
 
+    What took long to decode, or is larger than max_ram_gb, is kept in cache_dir as a .npy file of these very files
+    (names, sizes, dates), from which a later run starts at once; the larger one is mapped into memory.
+
     Args:
         image_size: side to resize (shorter side) and crop (centre) to; None keeps the size, if there is one.
-        max_ram_gb: larger results lie in a memory-mapped file of cache_dir, which later runs use again.
+        max_ram_gb: limit of the memory used.
     Raises:
         UserError: unreadable files, or several sizes and no image_size.
     """
-    headers = _each(_read_header, folder, "reading headers")
-    sizes = {header.size for header in headers}
-    if image_size is None and len(sizes) > 1:
+    stats = [(folder.root / name).stat() for name in folder.files]
+    key = repr(
+        (_FORMAT, str(folder.root.resolve()), image_size, folder.files, [(s.st_size, s.st_mtime_ns) for s in stats])
+    )
+    path = cache_dir.expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npy"
+    if path.exists():
+        return _load(path, max_ram_gb)
+    start = time.perf_counter()
+    images, kept = [], 0
+    for image in _lazily(lambda name: _read(folder.root / name, image_size), folder, range(len(folder.files))):
+        kept += image.pixels.nbytes if image.pixels is not None else 0
+        images.append(image if kept <= max_ram_gb * 1e9 else image._replace(pixels=None))
+    shape = (
+        len(images),
+        1 if all(image.mode in _GREY for image in images) else 3,
+        *_one_size(folder, images, image_size),
+    )
+    if np.prod(shape) > max_ram_gb * 1e9:
+        with _replacing(path) as temporary:
+            mapped = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            _fill(mapped, images, folder, image_size)
+            mapped.flush()
+        return _load(path, max_ram_gb)
+    pixels = np.empty(shape, np.uint8)
+    _fill(pixels, images, folder, image_size)
+    if time.perf_counter() - start > _LONG:
+        _keep(path, pixels)
+    return torch.from_numpy(pixels)
+
+
+def _one_size(folder: ImageFolder, images: list[_Read], image_size: int | None) -> tuple[int, int]:
+    if image_size:
+        return image_size, image_size
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
         small, large = min(sizes), max(sizes)
         raise UserError(
             f"--dataset {folder.root}: {len(sizes)} image sizes, from {small[1]}x{small[0]} to "
             f"{large[1]}x{large[0]}; give one side with --image_size, e.g. --image_size {min(small)}"
         )
-    height, width = (image_size, image_size) if image_size else next(iter(sizes))
-    channels = 1 if all(header.mode in _GREY for header in headers) else 3
-    floats = max((header.top for header in headers if header.mode == "F"), default=0.0)
-    integers = max((header.top for header in headers if header.mode != "F"), default=0.0)
-    white = {"F": floats or 1.0, "I": max(255.0, 2.0 ** int(integers).bit_length() - 1)}
-    shape = (len(folder.files), channels, height, width)
-
-    def read(path: Path) -> np.ndarray[Any, Any]:
-        return _read_pixels(path, channels, (height, width), white)
-
-    if np.prod(shape) <= max_ram_gb * 1e9:
-        pixels = np.empty(shape, np.uint8)
-        _fill(pixels, _lazily(read, folder, "decoding"))
-        return torch.from_numpy(pixels)
-    return torch.from_numpy(_mapped(folder, shape, read, cache_dir))
+    return sizes.pop()
 
 
-def _mapped(
-    folder: ImageFolder, shape: tuple[int, ...], read: Callable[[Path], Any], cache_dir: Path
-) -> np.ndarray[Any, Any]:
-    """The .npy of these very files (names, sizes, dates), written first if it is not there."""
-    stats = [(folder.root / name).stat() for name in folder.files]
-    key = repr((str(folder.root.resolve()), shape, folder.files, [(s.st_size, s.st_mtime_ns) for s in stats]))
-    path = cache_dir.expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        try:
-            _fill(pixels, _lazily(read, folder, "decoding"))
-            pixels.flush()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+def _load(path: Path, max_ram_gb: float) -> Tensor:
     # "c": copy on write, so that torch gets a writable array and the file stays as it is
-    return np.load(path, mmap_mode="c")
+    mapped: np.ndarray[Any, Any] = np.load(path, mmap_mode="c")
+    return torch.from_numpy(mapped if mapped.nbytes > max_ram_gb * 1e9 else np.array(mapped))
 
 
-def _fill(pixels: np.ndarray[Any, Any], images: Iterator[Any]) -> None:
+def _keep(path: Path, pixels: np.ndarray[Any, Any]) -> None:
+    try:
+        with _replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, pixels)
+    except OSError as error:
+        print(f"warning: the decoded images cannot be kept in --cache_dir {path.parent}: {error.strerror}")
+        return
+    print(f"images   kept decoded in {path} ({pixels.nbytes / 1e6:,.0f} MB) for the next run")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` at the end, if nothing was raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fill(pixels: np.ndarray[Any, Any], images: list[_Read], folder: ImageFolder, image_size: int | None) -> None:
+    """Put every image into pixels (N, C, H, W); decode those that are not yet."""
+    floats = max((image.top for image in images if image.mode == "F"), default=0.0)
+    integers = max((image.top for image in images if image.mode != "F"), default=0.0)
+    white = {"F": floats or 1.0, "I": max(255.0, 2.0 ** int(integers).bit_length() - 1)}
+    left = [index for index, image in enumerate(images) if image.pixels is None]
+    later = _lazily(lambda name: _read(folder.root / name, image_size, white), folder, left)
     for index, image in enumerate(images):
-        pixels[index] = image
+        values = image.pixels if image.pixels is not None else next(later).pixels
+        assert values is not None
+        pixels[index] = values if values.ndim == 2 else values.transpose(2, 0, 1)
+    for _ in later:  # lets it name what has become unreadable meanwhile
+        pass
 
 
-def _lazily(read: Callable[[Path], T], folder: ImageFolder, what: str) -> Iterator[T]:
-    """read(path) of every file, in order, in threads, with a bar; bad files are named together at the end."""
+def _lazily(read: Callable[[str], T], folder: ImageFolder, indices: Sequence[int]) -> Iterator[T]:
+    """read(name) of the files, in order, in threads, with a bar; bad files are named together at the end."""
+    names = [folder.files[index] for index in indices]
     bad: list[str] = []
     example: list[T] = []
 
     def attempt(name: str) -> T | Exception:
         try:
-            return read(folder.root / name)
+            return read(name)
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return error
 
     # Threads help where decoding is long; for small files they only pass Python's lock around.
-    sample = folder.files[:: max(1, len(folder.files) // 50)]
+    sample = names[:: max(1, len(names) // 50)]
     large = sum((folder.root / name).stat().st_size for name in sample) > 50_000 * len(sample)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if large else 1) as pool:
-        results: Iterable[T | Exception] = pool.map(attempt, folder.files)
-        bar = tqdm(results, what, len(folder.files), unit="img", leave=False, disable=None, delay=1)
-        for name, result in zip(folder.files, bar, strict=True):
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results: Iterable[T | Exception] = pool.map(attempt, names) if large else map(attempt, names)
+        bar = tqdm(results, "decoding", len(names), unit="img", leave=False, disable=None, delay=1)
+        for name, result in zip(names, bar, strict=True):
             if isinstance(result, Exception):
                 bad.append(name)
                 if example:
@@ -165,41 +210,30 @@ def _lazily(read: Callable[[Path], T], folder: ImageFolder, what: str) -> Iterat
             example = example or [result]
             yield result
     if bad:
-        names = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise UserError(
-            f"--dataset {folder.root}: {len(bad)} of {len(folder.files)} images cannot be read: {names}; "
+            f"--dataset {folder.root}: {len(bad)} of {len(folder.files)} images cannot be read: {some}; "
             "repair or remove them"
         )
 
 
-def _each(read: Callable[[Path], T], folder: ImageFolder, what: str) -> list[T]:
-    return list(_lazily(read, folder, what))
-
-
-def _read_header(path: Path) -> _Header:
-    with Image.open(path) as image:
-        width, height = image.size
-        # A TIFF's size is the turned one already, and its load() turns the pixels; asking a PNG decodes it.
-        asks = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-        if asks and image.getexif().get(_ORIENTATION, 1) >= 5:  # turned by 90 degrees
-            width, height = height, width
-        top = float(np.nan_to_num(np.asarray(image)).max()) if image.mode in _WIDE else 0.0
-        return _Header((height, width), image.mode, top)
-
-
-def _read_pixels(path: Path, channels: int, size: tuple[int, int], white: Mapping[str, float]) -> np.ndarray[Any, Any]:
-    """One image as uint8 (C, H, W)."""
+def _read(path: Path, image_size: int | None, white: Mapping[str, float] | None = None) -> _Read:
+    """One image, decoded if it has 8 bits a pixel or it is known what value is white."""
     with Image.open(path) as opened:
+        # A TIFF's size is the turned one already, and its load() turns the pixels.
         image: Image.Image = opened if opened.format == "TIFF" else ImageOps.exif_transpose(opened)
-        if image.mode in _WIDE:
-            scale = 255 / white["F" if image.mode == "F" else "I"]
-            values = np.nan_to_num(np.asarray(image, np.float64)) * scale
+        width, height = image.size
+        mode = opened.mode
+        if mode in _WIDE:
+            values = np.nan_to_num(np.asarray(image, np.float64))
+            if white is None:
+                return _Read((height, width), mode, float(values.max()), None)
+            values *= 255 / white["F" if mode == "F" else "I"]
             image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-        image = image.convert("L" if channels == 1 else "RGB")
-        if image.size != size[::-1]:
-            image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)  # (H, W) or (H, W, 3)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+        image = image.convert("L" if mode in _GREY else "RGB")
+        if image_size and image.size != (image_size, image_size):
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        return _Read((height, width), mode, 0.0, np.asarray(image))

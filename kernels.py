@@ -8,7 +8,8 @@ node in place; and for the backward pass it keeps its input alone, which all edg
 computes the two intermediates again, for less than reading them back would cost.
 
 The source is compiled with the C++ compiler of the machine at the first use and kept in ~/.cache/snas. Where there is
-none, on other devices, for other types than float32 and for export, callers use PyTorch's own operations: `usable` says which. Results agree to float32 rounding and do not depend on the number of threads.
+none, on other devices, for other types than float32 and for export, callers use PyTorch's own operations: `usable`
+says which. Results agree to float32 rounding and do not depend on the number of threads.
 """
 
 import ctypes

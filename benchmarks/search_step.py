@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(json.dumps(result))
         return result
     names: list[str] = [*opt.contenders] + (["external"] if opt.external else [])
-    alone = {name: _in_own_process(opt, name) for name in names}
-    seconds = machine.alternate({name: _step(opt, name, device) for name in names}, opt.rounds, device)
+    alone = {name: in_own_process(opt, name) for name in names}
+    seconds = machine.alternate({name: make_step(opt, name, device) for name in names}, opt.rounds, device)
     result = {
         "machine": machine.describe("python -m benchmarks.search_step " + " ".join(argv or sys.argv[1:])),
         "setting": {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "rounds")},
@@ -138,7 +138,7 @@ def _external(opt: StepOptions, device: torch.device) -> Contender:
     return made
 
 
-def _step(opt: StepOptions, name: str, device: torch.device) -> Callable[[], None]:
+def make_step(opt: StepOptions, name: str, device: torch.device) -> Callable[[], None]:
     """The step as a call without arguments."""
     forward, thetas, alphas = _contender(opt, name, device)
     fused = name not in ("textbook", "external")  # PyTorch's default is not
@@ -194,7 +194,7 @@ def _bytes(value: Any) -> int:
 def _alone(opt: StepOptions, name: str, device: torch.device) -> dict[str, Any]:
     """Peak memory, kernels and bytes of a contender's step, and the multiply-adds of its convolutions."""
     base = _peak(device)
-    step = _step(opt, name, device)
+    step = make_step(opt, name, device)
     for _ in range(3):
         step()
     result: dict[str, Any] = {"peak_bytes": _peak(device), "before_bytes": base}
@@ -207,7 +207,7 @@ def _alone(opt: StepOptions, name: str, device: torch.device) -> dict[str, Any]:
     kernels._call = _call
     kernels.enabled = False  # fused kernels are not seen by the counter
     with FlopCounterMode(display=False) as flops:
-        _step(opt, "plain" if name not in ("textbook", "external") else name, device)()
+        make_step(opt, "plain" if name not in ("textbook", "external") else name, device)()
     kernels.enabled = True
     return result | {"kernels": count.kernels, "bytes": count.bytes, "flops": flops.get_total_flops() // 2}
 
@@ -218,7 +218,8 @@ def _peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _in_own_process(opt: StepOptions, name: str) -> dict[str, Any]:
+def in_own_process(opt: StepOptions, name: str) -> dict[str, Any]:
+    """Peak memory, kernels, bytes and multiply-adds of a contender that has a process to itself."""
     values = {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "device")}
     values |= {"alone": name} | ({"external": opt.external} if opt.external else {})
     arguments = [f"--{key}={value}" for key, value in values.items()]
@@ -231,41 +232,31 @@ def _in_own_process(opt: StepOptions, name: str) -> dict[str, Any]:
 def _text(result: dict[str, Any]) -> str:
     setting, seconds, alone = result["setting"], result["seconds"], result["alone"]
     first = next(iter(seconds))
-    rows = []
+    speed, limits = [], []
     for name, times in seconds.items():
         own = alone[name]
-        row = [name, machine.spread(times), machine.spread(result["ratios"][name]), f"{own['peak_bytes'] / 1e9:.2f} GB"]
-        row.append(f"{own['peak_bytes'] / alone[first]['peak_bytes']:.2f}")
+        peak = f"{own['peak_bytes'] / 1e9:.2f} GB"
+        share = f"1/{alone[first]['peak_bytes'] / own['peak_bytes']:.1f}"
+        launches = f"{own['kernels']:,}" if "kernels" in own else "-"
+        speed.append([name, machine.spread(times), machine.spread(result["ratios"][name]), peak, share, launches])
         if "bytes" in own:
             memory, arithmetic = own["bytes"] / result["bandwidth"], own["flops"] / result["matmul"]
-            limit = max(memory, arithmetic)
-            row += [f"{own['kernels']:,}", f"{own['bytes'] / 1e9:.0f} GB", f"{own['flops'] / own['bytes']:.2f}"]
-            row += [f"{arithmetic:.2f} s", f"{memory:.2f} s", f"{min(times) / limit:.1f}"]
-        else:
-            row += ["-"] * 6
-        rows.append(row)
-    head = [
-        "contender",
-        "s a step",
-        f"times faster than {first}",
-        "peak memory",
-        "of it",
-        "kernels",
-        "tensors read and",
-    ]
-    head[-1] += " written"
-    head += ["multiply-adds a byte", "arithmetic alone", "memory alone", "best / limit"]
+            row = [name, f"{own['flops'] / 1e9:.0f} G", f"{own['bytes'] / 1e9:.0f} GB", own["flops"] / own["bytes"]]
+            limits.append([*row[:3], f"{row[3]:.1f}", f"{arithmetic:.2f} s", f"{memory:.2f} s"])
+            limits[-1].append(f"{min(times) / max(memory, arithmetic):.1f}")
+    head = ["contender", "s a step", f"times faster than {first}", "peak memory", f"of {first}'s", "kernels a step"]
+    second = ["contender", "multiply-adds", "read and written", "multiply-adds a byte"]
+    second += ["arithmetic alone", "memory alone", "best time / the larger"]
+    size = f"{setting['image_size']}x{setting['image_size']}"
     return (
         f"One search step, C = {setting['init_channels']}, {setting['layers']} cells, batch {setting['batch_size']}, "
-        f"{setting['image_size']}x{setting['image_size']}, float32; n = {setting['rounds']}, median (lowest to highest), "
-        "contenders in turns.\n\n"
-        f"{machine.table(head, rows)}\n\n"
-        f"This machine copies {result['bandwidth'] / 1e9:.0f} GB/s and does {result['matmul'] / 1e9:.0f} G multiply-adds "
-        "a second in a matrix product. *Arithmetic alone* and *memory alone* are what the step would take if nothing "
-        "else limited it; the larger one is the limit. Memory counts every tensor that a kernel reads or writes as if "
-        "none were in a cache."
+        f"{size}, float32; n = {setting['rounds']} steps in turns, median (lowest to highest).\n\n"
+        f"{machine.table(head, speed)}\n\n"
+        f"Against the limits of the machine, which copies {result['bandwidth'] / 1e9:.0f} GB/s and does "
+        f"{result['matmul'] / 1e9:.0f} G multiply-adds a second in a matrix product:\n\n"
+        f"{machine.table(second, limits)}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    options.entry(main)

@@ -55,7 +55,7 @@ class RunOptions:
     max_ram_gb: PositiveFloat = 4.0
     """Decoded images larger than this in all are kept in a file of cache_dir, mapped into memory."""
     cache_dir: str = "~/.cache/snas"
-    """Where that file goes; it is used again by later runs on the same images."""
+    """Where decoded images are kept that are larger than that or took long to decode; later runs start from them."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one."""

@@ -140,8 +140,8 @@ def test_batches_are_moved_to_the_device(tiny: Path) -> None:
 def test_every_image_is_decoded_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import images
 
-    read, paths = images._read_pixels, []
-    monkeypatch.setattr(images, "_read_pixels", lambda path, *rest: paths.append(path) or read(path, *rest))
+    read, paths = images._read, []
+    monkeypatch.setattr(images, "_read", lambda path, *rest: paths.append(path) or read(path, *rest))
     made = Data(options(tiny))
     list(made.train_batches(4, 0, torch.device("cpu")))
     assert len(paths) == len(set(paths)) == 36

@@ -88,7 +88,7 @@ def test_the_example_of_the_help_text_classifies_an_image(
         [sys.executable, "-c", export_model.EXAMPLE, image],
         cwd=exported.path.parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    pixels = images._read_pixels(image, 3, (8, 8), {})[None]
+    pixels = images._read(image, 8).pixels.transpose(2, 0, 1)[None]
     import onnxruntime
 
     session = onnxruntime.InferenceSession(exported.path)

@@ -133,8 +133,34 @@ def test_large_folders_are_mapped_and_the_file_is_used_again(tmp_path: Path, mon
     mapped = decode(folder, ram=1e-9, cache=tmp_path / "cache")
     assert torch.equal(mapped, in_memory)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npy"]
-    monkeypatch.setattr(images, "_read_pixels", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(images, "_read", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(decode(folder, ram=1e-9, cache=tmp_path / "cache"), in_memory)
     monkeypatch.undo()
     Image.new("RGB", (8, 8), (1, 2, 3)).save(folder.root / folder.files[0])  # a changed image is not served from before
     assert decode(folder, ram=1e-9, cache=tmp_path / "cache")[0, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_what_took_long_is_kept_and_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = images.scan(write_images(tmp_path / "d"))
+    monkeypatch.setattr(images, "_LONG", 1e9)
+    fresh = decode(folder, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(images, "_LONG", 0.0)
+    assert torch.equal(decode(folder, cache=tmp_path / "cache"), fresh)
+    assert "kept decoded in" in capsys.readouterr().out
+    monkeypatch.setattr(images, "_read", lambda *_: pytest.fail("decoded again"))
+    again = decode(folder, cache=tmp_path / "cache")
+    assert torch.equal(again, fresh)
+    again[0] = 0  # the file is not changed by what is done with the images
+    assert torch.equal(decode(folder, cache=tmp_path / "cache"), fresh)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(images, "_LONG", 0.0)
+    (tmp_path / "cache").write_text("a file is in the way")
+    assert decode(images.scan(write_images(tmp_path / "d")), cache=tmp_path / "cache").shape == (36, 3, 8, 8)
+    assert "cannot be kept in --cache_dir" in capsys.readouterr().out

@@ -1,0 +1,106 @@
+"""Seconds from the start of main.py to its first training step, with decoded images in the cache and without.
+
+    python -m benchmarks.first_step --dataset PATH/TO/CHIPS --copies 7
+
+The folder is linked `copies` times into a temporary one, so that it has as many files as is wanted. "cold" has no
+decoded images in the cache and "warm" has; the files themselves are in the memory of the system either way.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+
+import images
+import options
+from benchmarks import machine
+
+CODE = """
+import sys, time
+import main, engine
+real = engine.update
+def update(*args, **kwargs):
+    real(*args, **kwargs)
+    print("FIRST", time.time(), flush=True)
+    sys.stdout.flush()
+    import os; os._exit(0)
+engine.update = update
+main.main(sys.argv[1:])
+"""
+
+
+@dataclass(frozen=True)
+class FirstOptions:
+    """What is measured."""
+
+    dataset: str = "dataset"
+    """A folder with one subfolder of images per class."""
+    copies: PositiveInt = 1
+    """How many times its files are linked."""
+    config: str = "options/presets/xview.yaml"
+    """The recipe of main.py."""
+    rounds: PositiveInt = 5
+    """Starts of each kind, in turns."""
+    out: str = "docs"
+    """Where performance.md and performance/ are."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run it; returns the content of the JSON file."""
+    opt = options.parse(FirstOptions, argv, "python -m benchmarks.first_step", __doc__ or "")
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        files = _link(Path(opt.dataset), root / "images", opt.copies)
+        seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+        _start(opt, root, "unused")  # the kernels are compiled, the files are in memory
+        for _ in range(opt.rounds):
+            for path in (root / "cache").glob("*.npy"):
+                path.unlink()
+            for kind, times in seconds.items():
+                times.append(_start(opt, root, kind))
+    result = {
+        "machine": machine.describe("python -m benchmarks.first_step " + " ".join(argv or sys.argv[1:])),
+        "files": files,
+        "config": opt.config,
+        "seconds": seconds,
+    }
+    rows = [[kind, machine.spread(times, 1)] for kind, times in seconds.items()]
+    text = (
+        f"Seconds from the start of `main.py --config {opt.config}` to the end of its first training step on {files:,} "
+        f"image files; n = {opt.rounds}, median (lowest to highest).\n\n{machine.table(['decoded images', 's'], rows)}"
+    )
+    machine.publish("first_step", result, text, Path(opt.out))
+    return result
+
+
+def _link(source: Path, target: Path, copies: int) -> int:
+    folder = images.scan(source)
+    for name in folder.files:
+        for copy in range(copies):
+            path = target / name
+            path = path.with_name(f"{path.stem}_{copy}{path.suffix}") if copy else path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink((source / name).resolve(), path)
+    return len(folder.files) * copies
+
+
+def _start(opt: FirstOptions, root: Path, kind: str) -> float:
+    arguments = [f"--config={opt.config}", f"--dataset={root / 'images'}", f"--experiments_dir={root / 'experiments'}"]
+    arguments += [f"--cache_dir={root / 'cache'}", f"--name={kind}_{time.time_ns()}"]
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments], cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    end = next(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("FIRST"))
+    return end - start
+
+
+if __name__ == "__main__":
+    options.entry(main)
