@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append(
             [shown, ", ".join(map(str, x)), times, *(f"{slopes[k]:.2f}" for k in ("seconds", "flops", "memory"))]
         )
-    base = ", ".join(f"{k} {v}" for k, v in _BASE.items())
+    start = ", ".join(f"{k} {v}" for k, v in _BASE.items())
     head = ["of", "sizes", "s a step", "slope of time", "slope of multiply-adds", "slope of memory"]
-    text = f"From {base}; medians of n = {opt.rounds}, sizes in turns.\n\n{machine.table(head, rows)}"
+    text = f"From {start}; medians of n = {opt.rounds}, sizes in turns.\n\n{machine.table(head, rows)}"
     machine.publish("growth", result, text, Path(opt.out))
     return result
 
