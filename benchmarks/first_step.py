@@ -44,8 +44,10 @@ class FirstOptions:
     """A folder with one subfolder of images per class."""
     copies: PositiveInt = 1
     """How many times its files are linked."""
-    config: str = "options/presets/xview.yaml"
+    preset: str = "options/presets/xview.yaml"
     """The recipe of main.py."""
+    image_size: PositiveInt | None = None
+    """Side in pixels, instead of the recipe's."""
     rounds: PositiveInt = 5
     """Starts of each kind, in turns."""
     out: str = "docs"
@@ -68,13 +70,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result = {
         "machine": machine.describe("python -m benchmarks.first_step " + " ".join(argv or sys.argv[1:])),
         "files": files,
-        "config": opt.config,
+        "preset": opt.preset,
+        "image_size": opt.image_size,
         "seconds": seconds,
     }
+    side = f" --image_size {opt.image_size}" if opt.image_size else ""
     rows = [[kind, machine.spread(times, 1)] for kind, times in seconds.items()]
     text = (
-        f"Seconds from the start of `main.py --config {opt.config}` to the end of its first training step on {files:,} "
-        f"image files; n = {opt.rounds}, median (lowest to highest).\n\n{machine.table(['decoded images', 's'], rows)}"
+        f"Seconds from the start of `main.py --config {opt.preset}{side}` to the end of its first training step on "
+        f"{files:,} image files; n = {opt.rounds}, median (lowest to highest).\n\n{machine.table(['decoded images', 's'], rows)}"
     )
     machine.publish("first_step", result, text, Path(opt.out))
     return result
@@ -92,7 +96,8 @@ def _link(source: Path, target: Path, copies: int) -> int:
 
 
 def _start(opt: FirstOptions, root: Path, kind: str) -> float:
-    arguments = [f"--config={opt.config}", f"--dataset={root / 'images'}", f"--experiments_dir={root / 'experiments'}"]
+    arguments = [f"--config={opt.preset}", f"--dataset={root / 'images'}", f"--experiments_dir={root / 'experiments'}"]
+    arguments += [f"--image_size={opt.image_size}"] if opt.image_size else []
     arguments += [f"--cache_dir={root / 'cache'}", f"--name={kind}_{time.time_ns()}"]
     start = time.time()
     done = subprocess.run(

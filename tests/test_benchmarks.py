@@ -1,14 +1,16 @@
 import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from test_retrain import searched  # noqa: F401
 
 import options
 import retrain
-from benchmarks import random_baseline
+from benchmarks import first_step, growth, input_pipeline, machine, random_baseline, scaling, search_step
 from genotypes import random_genotype
+from options import UserError
 from options.child_option import ChildOptions
 
 
@@ -35,3 +37,77 @@ def test_the_baseline_skips_what_is_done_and_tabulates_the_rest(
     assert all(abs(row["params"] - params) <= 0.05 * params for row in second["random"])
     mean = sum(row["acc"] for row in second["random"]) / 2
     assert f"| random | 2 | {mean:.2f} %" in (tmp_path / "table.md").read_text()
+
+
+def performance(tmp_path: Path, name: str) -> tuple[dict[str, Any], str]:
+    page = (tmp_path / "performance.md").read_text()
+    assert f"<!-- {name} -->" in page
+    return json.loads((tmp_path / "performance" / f"{name}.json").read_text()), page
+
+
+def test_a_search_step_is_compared_with_the_textbook_and_with_what_others_bring(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.py"
+    adapter.write_text(
+        "import torch\n"
+        "def contender(init_channels, layers, num_classes, device):\n"
+        "    theta, alpha = torch.nn.Linear(3, num_classes), torch.nn.Parameter(torch.zeros(2))\n"
+        "    return lambda x: theta(x.mean((2, 3))) * alpha.sum().exp(), list(theta.parameters()), [alpha]\n"
+    )
+    small = ["--init_channels=4", "--layers=3", "--batch_size=2", "--image_size=8", "--rounds=2", f"--out={tmp_path}"]
+    result = search_step.main([*small, "--contenders=[textbook, ours]", f"--external={adapter}"])
+    stored, page = performance(tmp_path, "search_step")
+    assert stored["ratios"] == result["ratios"] and {*stored["seconds"]} == {"textbook", "ours", "external"}
+    assert all(len(times) == 2 and min(times) > 0 for times in result["seconds"].values())
+    alone = result["alone"]
+    assert alone["textbook"]["flops"] == alone["ours"]["flops"] > 1e6  # the same function
+    assert alone["ours"]["kernels"] < alone["textbook"]["kernels"] / 2
+    assert alone["ours"]["bytes"] < alone["textbook"]["bytes"]
+    assert "| textbook |" in page and "| external |" in page
+    with pytest.raises(UserError, match="no Python file"):
+        search_step.main([*small, "--contenders=[]", "--external=nowhere.py"])
+
+
+def test_the_input_pipeline_is_compared_with_image_folder(tiny: Path, tmp_path: Path) -> None:
+    result = input_pipeline.main(
+        [f"--dataset={tiny}", "--image_size=8", "--batch_size=4", "--workers=0", "--rounds=2", f"--out={tmp_path}"]
+    )
+    assert performance(tmp_path, "input_pipeline")[0]["images"] == result["images"] == 32
+    assert {*result["seconds"]} == {"ImageFolder", "ours"}
+
+
+def test_results_replace_their_own_part_of_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text("before\n<!-- one -->\nold\n<!-- end -->\nbetween\n<!-- two -->\nkept\n<!-- end -->\nafter\n")
+    result = {"machine": machine.describe("a command")}
+    machine.publish("one", result, "new", tmp_path)
+    content = page.read_text()
+    assert content.startswith("before\n<!-- one -->\nnew\n") and "old" not in content
+    assert content.endswith("between\n<!-- two -->\nkept\n<!-- end -->\nafter\n") and "`a command`" in content
+
+
+def test_slopes_and_spreads() -> None:
+    assert machine.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert machine.spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
+    assert machine.ratios({"a": [4.0, 9.0], "b": [2.0, 3.0]}, "a") == {"a": [1, 1], "b": [2, 3]}
+
+
+@pytest.mark.slow
+def test_the_first_step_is_timed_cold_and_warm(tiny: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("layers: 3\ninit_channels: 2\nnodes: 1\nbatch_size: 4\nepochs: 1\ndevice: cpu\n")
+    result = first_step.main(
+        [f"--dataset={tiny}", f"--preset={preset}", "--rounds=1", "--copies=2", f"--out={tmp_path}"]
+    )
+    assert performance(tmp_path, "first_step")[0]["files"] == result["files"] == 72
+    assert all(0.5 < seconds < 100 for times in result["seconds"].values() for seconds in times)
+
+
+@pytest.mark.slow
+def test_growth_and_scaling_give_a_row_for_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "SIZES", {"batch_size": [2, 4]})
+    monkeypatch.setattr(growth, "_BASE", {"batch_size": 2, "layers": 3, "init_channels": 2, "image_size": 8})
+    result = growth.main(["--rounds=1", "--device=cpu", f"--out={tmp_path}"])
+    assert result["batch_size"]["slopes"]["flops"] == pytest.approx(1, abs=0.01)
+    small = ["--init_channels=2", "--layers=3", "--batch_size=2", "--image_size=8", "--rounds=2"]
+    rates = scaling.main([*small, f"--out={tmp_path}"])["images_per_second"]
+    assert {*rates} == {"1", "2"} and all(len(values) == 2 for values in rates.values())
