@@ -554,22 +554,25 @@ template <typename Call> int with_width(int channels, Call call) {
 
 extern "C" {
 
-// gamma and beta may be NULL; mean and invstd (C) are written in training, else read. Returns 0, or 1 where memory is lacking.
-int operation_forward(const Shape *s, const float *x, const float *depthwise, const float *pointwise, const float *gamma,
-                 const float *beta, float *mean, float *invstd, float *running_mean, float *running_var, int64_t *tracked, float *out) {
+// gamma and beta may be NULL. statistics: mean and 1 / std (2, C), written in training, else read.
+// Returns 0, or 1 where memory is lacking.
+int operation_forward(const Shape *s, const float *x, const float *depthwise, const float *pointwise,
+                      const float *gamma, const float *beta, float *statistics, float *running_mean, float *running_var,
+                      int64_t *tracked, float *out) {
     return with_width(s->channels, [&](auto width) {
-        return Operation<decltype(width)>(*s).forward(x, depthwise, pointwise, gamma, beta, mean, invstd, running_mean, running_var,
-                                       tracked, out);
+        return Operation<decltype(width)>(*s).forward(x, depthwise, pointwise, gamma, beta, statistics,
+                                                      statistics + s->channels, running_mean, running_var, tracked, out);
     });
 }
 
 // Gradients of x, both weights, gamma and beta (unless NULL) from that of y; d and p are computed again from x.
-int operation_backward(const Shape *s, const float *x, const float *depthwise, const float *pointwise, const float *gamma,
-                  const float *beta, const float *mean, const float *invstd, const float *grad, float *grad_x,
-                  float *grad_depthwise, float *grad_pointwise, float *grad_gamma, float *grad_beta) {
+int operation_backward(const Shape *s, const float *x, const float *depthwise, const float *pointwise,
+                       const float *gamma, const float *beta, const float *statistics, const float *grad, float *grad_x,
+                       float *grad_depthwise, float *grad_pointwise, float *grad_gamma, float *grad_beta) {
     return with_width(s->channels, [&](auto width) {
-        return Operation<decltype(width)>(*s).backward(x, depthwise, pointwise, gamma, beta, mean, invstd, grad, grad_x,
-                                        grad_depthwise, grad_pointwise, grad_gamma, grad_beta);
+        return Operation<decltype(width)>(*s).backward(x, depthwise, pointwise, gamma, beta, statistics,
+                                                       statistics + s->channels, grad, grad_x, grad_depthwise,
+                                                       grad_pointwise, grad_gamma, grad_beta);
     });
 }
 

@@ -74,7 +74,10 @@ def library() -> ctypes.CDLL | None:
                 subprocess.run([*command, "-o", str(made)], check=True, capture_output=True)
                 os.replace(made, path)
         _keep_memory()
-        return ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
+        found.operation_forward.argtypes = [ctypes.c_void_p] * 11
+        found.operation_backward.argtypes = [ctypes.c_void_p] * 13
+        return found
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -172,7 +175,7 @@ def _forward(
     mean, var, _ = state
     assert mean is not None and var is not None
     statistics = torch.empty(2, channels) if training else torch.stack([mean, (var + eps).rsqrt()])
-    _call("operation_forward", shape, *inputs, statistics[0], statistics[1], *state, out)
+    _call("operation_forward", shape, *inputs, statistics, *state, out)
     return shape, statistics
 
 
@@ -180,7 +183,7 @@ def _backward(shape: _Shape, inputs: Optionals, statistics: Tensor, grad: Tensor
     """The gradients of the inputs of _forward from that of its output."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     grads = [None if t is None else torch.empty_like(t) for t in inputs]
-    _call("operation_backward", shape, *inputs, statistics[0], statistics[1], grad, *grads)
+    _call("operation_backward", shape, *inputs, statistics, grad, *grads)
     return grads
 
 
@@ -311,6 +314,6 @@ _traced.register_autograd(_differentiate, setup_context=_setup)
 
 
 def _call(name: str, shape: _Shape, *tensors: Tensor | None) -> None:
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
     if getattr(library(), name)(ctypes.byref(shape), *pointers):
         raise MemoryError(f"{name}: no memory for a batch of {shape.batch} images")

@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = [[kind, machine.spread(times, 1)] for kind, times in seconds.items()]
     text = (
         f"Seconds from the start of `main.py --config {opt.preset}{side}` to the end of its first training step on "
-        f"{files:,} image files; n = {opt.rounds}, median (lowest to highest).\n\n{machine.table(['decoded images', 's'], rows)}"
+        f"{files:,} image files; n = {opt.rounds}, median (lowest to highest).\n\n"
+        f"{machine.table(['decoded images', 's'], rows)}"
     )
     machine.publish("first_step", result, text, Path(opt.out))
     return result

@@ -86,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         result = _alone(opt, opt.alone, device)
         print(json.dumps(result))
         return result
-    names: list[str] = [*opt.contenders] + (["external"] if opt.external else [])
+    names: list[str] = [*opt.contenders]
+    if opt.external:
+        _external(opt)
+        names.append("external")
     alone = {name: in_own_process(opt, name) for name in names}
     seconds = machine.alternate({name: make_step(opt, name, device) for name in names}, opt.rounds, device)
     result = {
@@ -106,7 +109,8 @@ def make_contender(opt: StepOptions, name: str, device: torch.device) -> Contend
     """A supernet and its parameters."""
     torch.manual_seed(0)
     if name == "external":
-        return _external(opt, device)
+        made: Contender = _external(opt).contender(opt.init_channels, opt.layers, 10, device)
+        return made
     if name == "textbook":
         textbook = Textbook(opt.init_channels, 10, opt.layers).to(device)
         alphas = [nn.Parameter(1e-3 * torch.randn(14, 8, device=device)) for _ in range(2)]
@@ -128,15 +132,17 @@ def make_contender(opt: StepOptions, name: str, device: torch.device) -> Contend
     return forward, network.thetas(), network.alphas()
 
 
-def _external(opt: StepOptions, device: torch.device) -> Contender:
+def _external(opt: StepOptions) -> Any:
+    """The module of --external."""
     path = Path(str(opt.external))
     spec = importlib.util.spec_from_file_location("external", path) if path.is_file() else None
     if spec is None or spec.loader is None:
         raise UserError(f"--external {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made: Contender = module.contender(opt.init_channels, opt.layers, 10, device)
-    return made
+    if not hasattr(module, "contender"):
+        raise UserError(f"--external {path} defines no contender(init_channels, layers, num_classes, device)")
+    return module
 
 
 def make_step(opt: StepOptions, name: str, device: torch.device) -> Callable[[], None]:

@@ -212,3 +212,41 @@ def test_the_child_is_the_supernet_at_one_hot_z(seed: int) -> None:
         p.data = torch.zeros_like(p) if p.grad is None else p.grad
     ours = supernet.child_state_dict(genotype)
     assert used and all(torch.allclose(theirs[n], ours[n], rtol=1e-2, atol=1e-4) for n in used)
+
+
+def test_the_operator_of_compiled_code_keeps_its_promises() -> None:
+    x = torch.randn(3, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = [torch.randn(4, 1, 3, 3, requires_grad=True), torch.randn(4, 4, 1, 1, requires_grad=True)]
+    scale, total = torch.tensor(0.3, requires_grad=True), torch.randn(3, 4, 3, 3, requires_grad=True)
+    total = total.contiguous(memory_format=torch.channels_last)
+    way = kernels.Way(kernels.CONV, 3, 2, 1, True)
+    settings = [*way[:4], True, True, False]
+    arguments = (x, *weights, scale, None, total, torch.zeros(4), torch.ones(4), settings, 0.1, 1e-5)
+    torch.library.opcheck(kernels._traced, arguments, test_utils=["test_schema", "test_faketensor"])
+    module = Norm(4, affine=False)
+    wanted = kernels.operation(x, module, way, tuple(weights), scale, total.clone())
+    got, statistics, running = kernels._traced(*arguments)
+    inputs = [x, *weights, scale]
+    grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (got, wanted)]
+    assert torch.equal(got, wanted) and all(map(torch.equal, *grads))
+    assert torch.equal(running[0], module.running_mean) and torch.equal(running[1], module.running_var)
+    assert statistics.shape == (2, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_cells_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    base, images = Network(4, 5, 3, nodes=1), torch.randn(4, 3, 8, 8)
+    compiled = copy.deepcopy(base)
+    for cell in compiled.cells:
+        cell.compile()
+    calls = []
+    real = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda *rest: calls.append(rest[0]) or real(*rest))
+    wanted = step(base, images)
+    eager = len(calls)
+    got = step(compiled, images)
+    assert len(calls) == 2 * eager  # the compiled code calls the kernels too
+    assert distance(got, wanted) < 1e-5
+    assert len(got) == len(wanted) and torch.equal(got[-1], wanted[-1])
