@@ -70,13 +70,10 @@ def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
     source = random.Random(int(opt.genotype.partition(":")[2]))
     if opt.match_params is None:
         return genotypes.random_genotype(opt.space, source)
-    fixed, seen = None, []
+    seen = []
     for _ in range(_TRIES):
         genotype = genotypes.random_genotype(opt.space, source)
-        ops = cost.ops_params(genotype, opt.init_channels, opt.layers)
-        if fixed is None:  # stem, preparations, classifier: the same for every draw
-            fixed = child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem)[0] - ops
-        seen.append(fixed + ops)
+        seen.append(child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem)["params"])
         if abs(seen[-1] - opt.match_params) <= 0.05 * opt.match_params:
             return genotype
     raise UserError(
@@ -85,12 +82,18 @@ def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
     )
 
 
-def child_cost(genotype: Genotype, init_channels: int, layers: int, info: DataInfo, stem: str) -> tuple[int, int]:
-    """Parameters and multiply-adds of a child without an auxiliary head, for one image of the data."""
-    with torch.device("meta"):
-        child = ChildNetwork(genotype, init_channels, len(info.classes), layers, stem=stem, in_channels=info.channels)
-        image = torch.empty(1, info.channels, *info.image_size)
-    return cost.count_params(child), cost.count_flops(child, image)
+def child_cost(genotype: Genotype, init_channels: int, layers: int, info: DataInfo, stem: str) -> dict[str, int]:
+    """params, flops and mac of a child without an auxiliary head, for one image of the data."""
+    height, width = info.image_size
+    return cost.cost(
+        genotype,
+        init_channels=init_channels,
+        layers=layers,
+        image_size=(height, width),
+        num_classes=len(info.classes),
+        in_channels=info.channels,
+        stem=stem,
+    )
 
 
 def load_child(content: Mapping[str, Any]) -> tuple[ChildNetwork, Genotype]:

@@ -1,14 +1,236 @@
-"""What a network costs, by counting what is built: learnable parameters and multiply-adds."""
+"""What a network costs, in closed form: parameters, multiply-adds, memory access.
 
+    params   learnable parameters, affine batch norms included
+    flops    multiply-adds of convolutions and linear layers, one per multiply-add, one image, forward
+    mac      memory access cost: elements that convolutions, linear layers and pools read and write, weights included,
+             one image, forward; batch norm, ReLU and sums counted as part of them (Ma et al. 2018, arXiv 1807.11164)
+
+`count_params` and `count_flops` count a network that is built, and tests hold the formulas against them.
+"""
+
+from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from genotypes import Genotype, cell_plan
-from operations import make_op
+from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, edge_list
+
+MEASURES = ("params", "flops", "mac")
+Size = tuple[int, int]  # H, W
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of an operation or a network."""
+
+    params: int = 0
+    flops: int = 0
+    mac: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.params + other.params, self.flops + other.flops, self.mac + other.mac)
+
+    def to_dict(self) -> dict[str, int]:
+        """By measure."""
+        return {measure: getattr(self, measure) for measure in MEASURES}
+
+
+def shrink(size: Size, stride: int | Size) -> Size:
+    """The size of a padded convolution's or pool's output: rounded up."""
+    down, across = (stride, stride) if isinstance(stride, int) else stride
+    return ceil(size[0] / down), ceil(size[1] / across)
+
+
+def _conv(
+    size: Size, c_in: int, c_out: int, kernel: Size = (1, 1), stride: int | Size = 1, depthwise: bool = False
+) -> Cost:
+    """A padded convolution without bias on an input of this size."""
+    weights = c_out * kernel[0] * kernel[1] * (1 if depthwise else c_in)
+    height, width = shrink(size, stride)
+    pixels = height * width
+    return Cost(weights, weights * pixels, c_in * size[0] * size[1] + c_out * pixels + weights)
+
+
+def _norm(channels: int) -> Cost:
+    return Cost(params=2 * channels)
+
+
+def _reduce(size: Size, c_in: int, c_out: int) -> Cost:
+    """FactorizedReduce, its batch norm left out: two 1 x 1 convolutions of stride 2."""
+    return _conv(size, c_in, c_out // 2, stride=2) + _conv(size, c_in, c_out - c_out // 2, stride=2)
+
+
+def _half(size: Size, channels: int, kernel: int, stride: int) -> Cost:
+    """Depthwise and pointwise."""
+    pointwise = _conv(shrink(size, stride), channels, channels)
+    return _conv(size, channels, channels, (kernel, kernel), stride, depthwise=True) + pointwise
+
+
+@cache
+def op_cost(op: str, channels: int, size: Size, stride: int, affine: bool = True) -> Cost:
+    """An operation of genotypes.SPACES, C channels in and out.
+
+    Args:
+        op: e.g. "sep_conv_3x3", or "none".
+        channels: C.
+        size: H, W of its input.
+        stride: 1 or 2.
+        affine: whether its batch norms learn a scale and a shift, as in a child.
+    """
+    kind, _, shape = op.rpartition("_")
+    kernel = int(shape[-1]) if shape[-1].isdigit() else 0
+    after = shrink(size, stride)
+    norms = 1
+    if op == NONE:
+        return Cost()
+    if op == "skip_connect" and stride == 1:
+        return Cost(mac=2 * channels * size[0] * size[1])
+    if op == "skip_connect":
+        total = _reduce(size, channels, channels)
+    elif "pool" in op:
+        total = Cost(mac=channels * (size[0] * size[1] + after[0] * after[1]))
+    elif kind == "sep_conv":
+        total, norms = _half(size, channels, kernel, stride) + _half(after, channels, kernel, 1), 2
+    elif kind == "dil_conv":
+        total = _half(size, channels, kernel, stride)
+    elif kind == "conv":
+        total = _conv(size, channels, channels, (kernel, kernel), stride)
+    elif kind in ("conv_3x1", "conv_7x1"):
+        between = shrink(size, (1, stride))
+        total = _conv(size, channels, channels, (1, kernel), (1, stride))
+        total += _conv(between, channels, channels, (kernel, 1), (stride, 1))
+    else:
+        raise ValueError(f"no operation is called {op!r}")
+    for _ in range(norms if affine else 0):
+        total += _norm(channels)
+    return total
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """The network that a genotype is going to be: what its cost depends on besides the genotype."""
+
+    init_channels: int
+    layers: int
+    image_size: Size
+    num_classes: int
+    in_channels: int = 3
+    stem: str = "cifar"
+    affine: bool = True
+
+    def places(self, concat: tuple[int, int]) -> list[tuple[CellPlan, Size, Size]]:
+        """Each cell with the sizes of c_{k-2} and c_{k-1}."""
+        before = last = self.image_size
+        channels = 3 * self.init_channels
+        if self.stem == "imagenet":
+            before, channels = shrink(shrink(last, 2), 2), self.init_channels
+            last = shrink(before, 2)
+        found = []
+        for plan in cell_plan(self.init_channels, self.layers, channels, concat, self.stem == "imagenet"):
+            found.append((plan, before, last))
+            before, last = last, shrink(last, 2) if plan.reduction else last
+        return found
+
+    def fixed(self, concat: tuple[int, int]) -> Cost:
+        """Stem, the preparation of every cell's inputs, classifier: what no architecture avoids."""
+        places = self.places(concat)
+        total = self._stem()
+        for plan, before, last in places:
+            c, (c_before, c_last) = plan.channels, plan.inputs
+            total += _reduce(before, c_before, c) if plan.after_reduction else _conv(before, c_before, c)
+            total += _conv(last, c_last, c)
+            total += _norm(c) + _norm(c) if self.affine else Cost()
+        features, classes = places[-1][0].output, self.num_classes
+        weights = features * classes
+        return total + Cost(weights + classes, weights, features + classes + weights)
+
+    def _stem(self) -> Cost:
+        size, c, images = self.image_size, self.init_channels, self.in_channels
+        if self.stem == "cifar":
+            return _conv(size, images, 3 * c, (3, 3)) + _norm(3 * c)
+        half, quarter = shrink(size, 2), shrink(shrink(size, 2), 2)
+        total = _conv(size, images, c // 2, (3, 3), 2) + _conv(half, c // 2, c, (3, 3), 2)
+        total += _conv(quarter, c, c, (3, 3), 2)
+        return total + _norm(c // 2) + _norm(c) + _norm(c)
+
+    def op(self, plan: CellPlan, last: Size, op: str, source: int) -> Cost:
+        """An operation on an edge that leaves state `source` of a cell whose c_{k-1} has size `last`."""
+        stride = 2 if plan.reduction and source < 2 else 1
+        size = shrink(last, 2) if plan.reduction and source >= 2 else last
+        return op_cost(op, plan.channels, size, stride, self.affine)
+
+
+def cost(
+    genotype: Genotype,
+    *,
+    init_channels: int,
+    layers: int,
+    image_size: int | Size,
+    num_classes: int,
+    in_channels: int = 3,
+    stem: str = "cifar",
+    affine: bool = True,
+) -> dict[str, int]:
+    """params, flops and mac of the network of a genotype, without auxiliary head; arguments as model.ChildNetwork's.
+
+    Args:
+        image_size: side, or (H, W).
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    deployed = Deployed(init_channels, layers, size, num_classes, in_channels, stem, affine)
+    concat = (len(genotype.normal_concat), len(genotype.reduce_concat))
+    total = deployed.fixed(concat)
+    for plan, _, last in deployed.places(concat):
+        for node in genotype.reduce if plan.reduction else genotype.normal:
+            for op, source in node:
+                total += deployed.op(plan, last, op, source)
+    return total.to_dict()
+
+
+def supernet_cost(space: str, nodes: int, deployed: Deployed) -> dict[str, int]:
+    """params (without alpha), flops and mac of a supernet, all operations of every edge; its norms are not affine."""
+    concat = (nodes, nodes)
+    total = deployed.fixed(concat)
+    for plan, _, last in deployed.places(concat):
+        for _, source in edge_list(nodes):
+            for op in SPACES[space]:
+                total += deployed.op(plan, last, op, source)
+    return total.to_dict()
+
+
+@dataclass(frozen=True)
+class Table:
+    """The cost of every choice in one measure: that of an architecture Z is fixed + sum Z * (normal, reduce)."""
+
+    fixed: float
+    normal: Tensor  # (E, O) float32, over all normal cells
+    reduce: Tensor  # (E, O)
+
+    def range(self) -> tuple[float, float]:
+        """The cheapest and the dearest architecture."""
+        both = torch.cat([self.normal, self.reduce])
+        return self.fixed + both.amin(-1).sum().item(), self.fixed + both.amax(-1).sum().item()
+
+    def uniform(self) -> float:
+        """What all operations cost on average, without the fixed part."""
+        return torch.cat([self.normal, self.reduce]).mean(-1).sum().item()
+
+
+def tables(space: str, nodes: int, deployed: Deployed) -> dict[str, Table]:
+    """A Table per measure for the architectures of a space, deployed as given."""
+    concat, edges = (nodes, nodes), edge_list(nodes)
+    fixed = deployed.fixed(concat).to_dict()
+    parts = {m: [torch.zeros(len(edges), len(SPACES[space])) for _ in range(2)] for m in MEASURES}
+    for plan, _, last in deployed.places(concat):
+        for e, (_, source) in enumerate(edges):
+            for o, op in enumerate(SPACES[space]):
+                for measure, value in deployed.op(plan, last, op, source).to_dict().items():
+                    parts[measure][plan.reduction][e, o] += value
+    return {m: Table(fixed[m], *parts[m]) for m in MEASURES}
 
 
 def count_params(module: nn.Module) -> int:
@@ -30,20 +252,3 @@ def count_flops(module: nn.Module, *inputs: Any) -> int:
         module(*inputs)
     module.train(training)
     return counter.get_total_flops() // 2
-
-
-@cache
-def op_params(op: str, channels: int, stride: int) -> int:
-    """Learnable parameters of one operation of a child, its affine batch norm included."""
-    with torch.device("meta"):
-        return count_params(make_op(op, channels, stride, affine=True))
-
-
-def ops_params(genotype: Genotype, init_channels: int, layers: int) -> int:
-    """Learnable parameters of all operations of a child: what tells apart the children of one concat and size."""
-    total = 0
-    for plan in cell_plan(init_channels, layers, 0):
-        nodes = genotype.reduce if plan.reduction else genotype.normal
-        for op, source in (pair for node in nodes for pair in node):
-            total += op_params(op, plan.channels, 2 if plan.reduction and source < 2 else 1)
-    return total

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import experiment
 import utils
 from experiment import Run, Stateful
-from operations import Norm
+from operations import Norm, frozen_statistics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Step = tuple[Tensor, Tensor, Mapping[str, Tensor]]  # logits (B, classes), loss, further scalars
@@ -169,22 +169,30 @@ def train_epoch(run: Run, epoch: int, step: Callable[[int, Tensor, Tensor], Step
     return {**mean.values(), "images_per_second": seen / (time.perf_counter() - start)}
 
 
-def estimate_seconds(run: Run, loss_of: Callable[[Tensor, Tensor], Tensor], evaluated: float) -> float:
-    """Seconds that the rest of the run will take, guessed from a few steps.
+def estimate_seconds(
+    run: Run, network: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], evaluated: float
+) -> float:
+    """Seconds that the rest of the run will take, guessed from a few steps that leave no trace.
 
     Args:
-        loss_of: (images, targets) -> loss, on a copy of the network that is thrown away.
+        network: what is trained.
+        loss_of: (images, targets) -> loss of the network.
         evaluated: images an epoch that are only run forward, a third of a step each.
     """
     images, targets = next(run.data.train_batches(run.opt.batch_size, 0, run.device))
     size, seconds = min(8, run.opt.batch_size), 0.0
-    for _ in range(3):  # the first warms up; then the whole batch where it is fast
-        start = time.perf_counter()
-        loss = loss_of(images[:size], targets[:size])
-        loss.backward()
-        loss.item()  # waits for the device
-        seconds = (time.perf_counter() - start) / len(targets[:size])
-        size = run.opt.batch_size if seconds * run.opt.batch_size < 1.5 else size
+    network.train()
+    with frozen_statistics(network):
+        for attempt in range(3):  # the first warms up; then the whole batch where it is fast
+            start = time.perf_counter()
+            loss = loss_of(images[:size], targets[:size])
+            loss.backward()
+            loss.item()  # waits for the device
+            seconds = (time.perf_counter() - start) / len(targets[:size])
+            if attempt and (size == run.opt.batch_size or seconds * run.opt.batch_size > 1.0):
+                break
+            size = run.opt.batch_size if attempt else size
+    network.zero_grad()
     return (run.opt.epochs - run.epoch) * seconds * (len(run.data.indices["train"]) + 0.35 * evaluated)
 
 

@@ -1,6 +1,5 @@
 """An experiment: its folder, options, data and device, what is kept of it, and what it says before it starts."""
 
-import copy
 import math
 import sys
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 import checkpoint
 import cost
@@ -18,7 +16,7 @@ import kernels
 import options
 import utils
 from options import UserError
-from options.default_option import RunOptions
+from options.default_option import RunOptions, TrainOptions
 
 # Options that may change when a run is resumed: what is computed stays the same function of the same images.
 FREE = {
@@ -152,19 +150,24 @@ def check_finite(run: Run, name: str, value: float, epoch: int) -> None:
         )
 
 
-def announce(run: Run, network: nn.Module, seconds: float, *architecture: Any) -> None:
+def supernet_cost(opt: TrainOptions, info: data.DataInfo) -> dict[str, int]:
+    """params, flops and mac of the supernet that is searched."""
+    height, width = info.image_size
+    deployed = cost.Deployed(
+        opt.init_channels, opt.layers, (height, width), len(info.classes), info.channels, affine=False
+    )
+    return cost.supernet_cost(opt.space, opt.nodes, deployed)
+
+
+def announce(run: Run, costs: Mapping[str, int], seconds: float) -> None:
     """Say what is about to happen, before the first step.
 
     Args:
-        run, network: what is trained, called as network(images, *architecture).
+        run: what is trained.
+        costs: params and flops of the network.
         seconds: how long the run is expected to take.
-        architecture: NamedTuples of tensors, of which the shapes matter.
     """
     opt, info = run.opt, run.data.info
-    image = torch.empty(1, info.channels, *info.image_size, device="meta")
-    meta = copy.deepcopy(network).to("meta")
-    shapes = [type(part)(*(t.detach().to("meta") for t in part)) for part in architecture]
-    flops = cost.count_flops(meta, image, *shapes)
     height, width = info.image_size
     sizes = ", ".join(f"{sum(counts):,} {name}" for name, counts in info.counts.items())
     rarest, commonest = min(info.counts["train"]), max(info.counts["train"])
@@ -176,7 +179,7 @@ def announce(run: Run, network: nn.Module, seconds: float, *architecture: Any) -
     print(
         f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"
     )
-    print(f"network  {cost.count_params(network):,} parameters, {flops / 1e6:,.1f} Mflops (multiply-adds) an image")
+    print(f"network  {costs['params']:,} parameters, {costs['flops'] / 1e6:,.1f} Mflops (multiply-adds) an image")
     print(
         f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {run.data.steps(opt.batch_size)} steps each, "
         f"about {_duration(seconds)} (a guess from a few steps)",

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import checkpoint
 import child
-import cost
 import options
 import utils
 from data import Data, DataInfo
@@ -102,8 +101,7 @@ def run_export(opt: ExportOptions) -> Exported:
         "classes": info.classes,
         "mean": info.mean,
         "std": info.std,
-        "params": cost.count_params(network),
-        "flops": child.child_cost(genotype, *_shape(content), info, content["options"]["stem"])[1],
+        **child.child_cost(genotype, *_shape(content), info, content["options"]["stem"]),
         "test": _test_figures(source.parent) if content["epoch"] == content["options"]["epochs"] else None,
         "largest_difference": difference,
         "compared_on": f"{len(images)} {kind}",

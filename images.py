@@ -50,11 +50,7 @@ def scan(root: Path) -> ImageFolder:
     files: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        found = sorted(
-            path.relative_to(root).as_posix()
-            for path in folder.rglob("*")
-            if path.suffix.lower() in EXTENSIONS and path.is_file() and not _hidden(path.relative_to(folder))
-        )
+        found = sorted(_files(str(folder), f"{folder.name}/"))
         if not found:
             raise UserError(f"--dataset {root}: the class folder {folder.name!r} holds no images; fill it or remove it")
         files += found
@@ -67,8 +63,16 @@ def scan(root: Path) -> ImageFolder:
     return ImageFolder(root, [folder.name for folder in folders], files, labels)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _files(folder: str, prefix: str) -> Iterator[str]:
+    """The images in a folder and below, as prefix + relative path, hidden ones left out."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path, f"{prefix}{entry.name}/")
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                yield prefix + entry.name
 
 
 class _Read(NamedTuple):

@@ -44,6 +44,7 @@ class Inspected(NamedTuple):
     genotype: "Genotype"
     params: int
     flops: int
+    mac: int
     files: list[Path]
 
 
@@ -63,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     alphas = [state["alpha_normal"], state["alpha_reduce"]]
     genotype = genotypes.derive(alphas[0], alphas[1], run.space, opt.rule)
     info = DataInfo(**content["data"])
-    params, flops = child.child_cost(genotype, run.init_channels, run.layers, info, "cifar")
-    _report(content, run, alphas, genotype, params, flops)
+    costs = child.child_cost(genotype, run.init_channels, run.layers, info, "cifar")
+    _report(content, run, alphas, genotype, costs)
     files: list[Path] = []
     if opt.visualize:
         ending = f"_epoch_{content['epoch']}" + ("" if opt.rule == "argmax" else f"_{opt.rule}")
         files = visualize.draw_genotype(genotype, Path(opt.visualizations_dir) / opt.experiment, ending, alphas)
         print("pictures    " + ", ".join(str(path) for path in files))
-    return Inspected(content["epoch"], content["metrics"], genotype, params, flops, files)
+    return Inspected(content["epoch"], content["metrics"], genotype, **costs, files=files)
 
 
 def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
@@ -89,7 +90,7 @@ def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
 
 
 def _report(
-    content: dict[str, Any], run: TrainOptions, alphas: list[Any], genotype: "Genotype", params: int, flops: int
+    content: dict[str, Any], run: TrainOptions, alphas: list[Any], genotype: "Genotype", costs: dict[str, int]
 ) -> None:
     import sampling
 
@@ -113,9 +114,17 @@ def _report(
             edges = "  ".join(f"{op}:{source}" for op, source in node) or "no input: zeros"
             print(f"  {kind:6s} node {index}: {edges}")
     print(
-        f"cost        the child at C = {run.init_channels}, {run.layers} cells: {params:,} parameters, "
-        f"{flops / 1e6:,.2f} Mflops (multiply-adds) an image"
+        f"cost        the child at C = {run.init_channels}, {run.layers} cells: {costs['params']:,} parameters, "
+        f"{costs['flops'] / 1e6:,.2f} Mflops (multiply-adds), "
+        f"{costs['mac'] / 1e6:,.2f} M elements of memory access an image"
     )
+    for measure in (name.removeprefix("cost_") for name in row if name.startswith("cost_")):
+        budget = row.get(f"budget_{measure}")
+        print(
+            f"resources   {measure} of the child as deployed {row[f'child_{measure}']:,.0f}, expected "
+            f"{row[f'cost_{measure}']:,.0f}{f', budget {budget:,.0f}' if budget else ''}; "
+            f"eta {row[f'eta_{measure}']:.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ template <typename vec> struct Operation {
             for (int x = 0; x < W; x++, from += C, to += Cp)
                 for (int g = 0; g < Cp; g += V) {
                     const vec v = get_channels(from, g);
-                    set(to + g, s.relu_first ? (v > zero ? v : zero) : v);
+                    set(to + g, s.relu_first ? (v <= zero ? zero : v) : v); // keeps NaN
                 }
         }
     }
@@ -123,7 +123,7 @@ template <typename vec> struct Operation {
             for (int x = 0; x < W; x++, from += Cp, image += C, to += C)
                 for (int g = 0; g < Cp; g += V) {
                     const vec v = get(from + g);
-                    set_channels(to, g, s.relu_first ? (get_channels(image, g) > zero ? v : zero) : v);
+                    set_channels(to, g, s.relu_first ? (get_channels(image, g) <= zero ? zero : v) : v);
                 }
         }
     }
@@ -254,7 +254,7 @@ template <typename vec> struct Operation {
                     for (int i = 0; i < k; i++)
                         for (int j = 0; j < k; j++) {
                             const vec u = get(from + (size_t(i) * Wp + j) * Cp + g);
-                            v = s.kind == MEAN ? v + u : u > v ? u : v;
+                            v = s.kind == MEAN ? v + u : ((u > v) | (u != u)) ? u : v;
                         }
                     set(p + g, v / count);
                 }
@@ -380,7 +380,7 @@ template <typename vec> struct Operation {
         for (int i = 0; i < n; i++, p += Cp, out += C)
             for (int g = 0; g < Cp; g += V) {
                 vec y = get(a + g) * get(p + g) + get(b + g);
-                if (s.relu) y = y > zero ? y : zero;
+                if (s.relu) y = y <= zero ? zero : y;
                 if (s.accumulate) y += get_channels(out, g);
                 set_channels(out, g, y);
             }
@@ -427,7 +427,7 @@ template <typename vec> struct Operation {
     // The gradient of a pixel's y, zero where ReLU cut it off.
     vec upstream(const float *grad, const float *p, const float *a, const float *b, int g) const {
         const vec up = get_channels(grad, g), zero = {};
-        return s.relu ? (get(a + g) * get(p + g) + get(b + g) > zero ? up : zero) : up;
+        return s.relu ? (get(a + g) * get(p + g) + get(b + g) <= zero ? zero : up) : up;
     }
 
     // Sums over an image of the gradient and of the gradient times normalised p, each (Cp).

@@ -1,6 +1,5 @@
 """Retraining: a child trained from scratch or from a supernet's weights, and tested once."""
 
-import copy
 import json
 import time
 from collections.abc import Mapping
@@ -85,7 +84,8 @@ def run_retrain(opt: ChildOptions) -> Tested:
     if learner.average is not None:
         learner.average.to(run.device)
     run.restore(learner.parts())
-    experiment.announce(run, _without_head(learner.network), _estimate_seconds(run, learner))
+    costs = child.child_cost(genotype, opt.init_channels, opt.layers, run.data.info, opt.stem)
+    experiment.announce(run, costs, _estimate_seconds(run, learner.network))
     if opt.compile:
         for cell in learner.network.cells:
             cell.compile()
@@ -201,7 +201,7 @@ def test_figures(run: Run, network: ChildNetwork, genotype: Genotype) -> dict[st
     """The content of test.json: what the network does on the test split, and what it costs.
 
     Accuracies in percent; ece is the expected calibration error over 15 bins, 0 to 1; confusion has a row per
-    true class and a column per guess; params and flops are those of the network without auxiliary head.
+    true class and a column per guess; params, flops and mac are those of the network without auxiliary head.
     """
     from sklearn.metrics import confusion_matrix
     from torchmetrics.functional.classification import multiclass_calibration_error  # a slow import
@@ -214,15 +214,13 @@ def test_figures(run: Run, network: ChildNetwork, genotype: Genotype) -> dict[st
         name: 100 * float(row[c] / row.sum()) if row.sum() else None
         for c, (name, row) in enumerate(zip(info.classes, confusion, strict=True))
     }
-    params, flops = child.child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem)
     ece = multiclass_calibration_error(logits.softmax(1), labels, len(info.classes), n_bins=15)
     return {
         **engine.figures(logits, labels)._asdict(),
         "ece": float(ece),
         "per_class_acc": shares,
         "confusion": confusion.tolist(),
-        "params": params,
-        "flops": flops,
+        **child.child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem),
         "seed": opt.seed,
         "train_images": len(run.data.indices["train"]),
         "test_images": len(labels),
@@ -263,13 +261,8 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     return Tested(folder, genotype, result)
 
 
-def _without_head(network: ChildNetwork) -> ChildNetwork:
-    twin = copy.deepcopy(network)
-    twin.auxiliary = None
-    return twin
-
-
-def _estimate_seconds(run: Run, learner: Learner) -> float:
-    twin = copy.deepcopy(learner.network).train()
+def _estimate_seconds(run: Run, network: ChildNetwork) -> float:
     evaluated = 0 if run.opt.use_valid else len(run.data.indices["valid"])  # type: ignore[attr-defined]
-    return engine.estimate_seconds(run, lambda images, targets: _loss(run, twin, images, targets)[1], evaluated)
+    return engine.estimate_seconds(
+        run, network, lambda images, targets: _loss(run, network, images, targets)[1], evaluated
+    )

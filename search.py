@@ -3,12 +3,11 @@
 Xie et al. 2019 (arXiv 1812.09926): minimise E_{Z ~ p_alpha}[L_theta(Z)] over theta and alpha at once.
 """
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,17 @@ from sampling import Z
 Terms = dict[str, Tensor]  # further scalars of an objective, logged under their names
 # (logits (B, classes), targets (B,), Z) -> (loss, terms); a module if it learns or counts something
 Objective = Callable[[Tensor, Tensor, Z], tuple[Tensor, Terms]]
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """An objective that has columns of metrics.jsonl of its own."""
+
+    def report(self) -> dict[str, Any]:
+        """The columns, at the end of an epoch."""
+
+    def summary(self, row: Mapping[str, Any]) -> str:
+        """What people want to know of them, in a line."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, Terms]:
@@ -132,11 +142,16 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     if isinstance(learner.objective, nn.Module):
         learner.objective.to(run.device)
     run.restore(learner.parts())
-    experiment.announce(run, learner.network, _estimate_seconds(run, learner), Z(*learner.network.alphas()))
+    experiment.announce(run, experiment.supernet_cost(opt, run.data.info), _estimate_seconds(run, learner.network))
     if opt.compile:
         for cell in learner.network.cells:
             cell.compile()
-    row = engine.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
+    row = engine.fit(
+        run,
+        learner.parts(),
+        lambda epoch: _one_epoch(run, learner, epoch),
+        lambda row: summarise(row, learner.objective),
+    )
     genotype = learner.network.genotype()
     utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
     pictures = visualize.draw_genotype(
@@ -151,6 +166,8 @@ def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     start = time.perf_counter()
     row = _train_epoch(run, learner, epoch)
     row |= _evaluate_epoch(run, learner, epoch, row["temperature"])
+    if isinstance(learner.objective, Reporting):
+        row |= learner.objective.report()
     return row | {"epoch_seconds": time.perf_counter() - start}
 
 
@@ -198,27 +215,28 @@ def evaluate_z(run: Run, network: Network, z: Z, epoch: int, split: str = "valid
         return engine.evaluate(run, forward, split)
 
 
-def summarise(row: Mapping[str, Any]) -> str:
+def summarise(row: Mapping[str, Any], objective: Objective) -> str:
     """One epoch for people."""
+    more = f"\n           {objective.summary(row)}" if isinstance(objective, Reporting) else ""
     return (
         f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  train {row['train_acc']:5.2f} %  "
         f"valid {row['valid_acc']:5.2f} %  child {row['child_valid_acc']:5.2f} % "
         f"(balanced {row['child_valid_balanced_acc']:5.2f} %)  "
         f"entropy {row['entropy_normal']:.2f} + {row['entropy_reduce']:.2f}  T {row['temperature']:.3f}  "
-        f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s"
+        f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s{more}"
     )
 
 
-def _estimate_seconds(run: Run, learner: Learner) -> float:
+def _estimate_seconds(run: Run, network: Network) -> float:
     opt: TrainOptions = run.opt  # type: ignore[assignment]
-    network, objective = copy.deepcopy((learner.network.train(), learner.objective))
 
     def loss_of(images: Tensor, targets: Tensor) -> Tensor:
         z = network.sample(1.0)
         with engine.autocast(run):
             logits = network(images, z)
-        return objective(logits, targets, z)[0]
+        return cross_entropy(logits, targets, z)[0]
 
     train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
     calibrating = min(train, opt.calibration_batches * opt.eval_batch_size)
-    return engine.estimate_seconds(run, loss_of, 1.2 * (calibrating + valid))  # the child's is a small part of it
+    evaluated = 1.2 * (calibrating + valid)  # the child's is a small part of it
+    return engine.estimate_seconds(run, network, loss_of, evaluated)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, sizes in SIZES.items():
         base = search_step.StepOptions(device=opt.device, **_BASE)  # type: ignore[arg-type]
         settings = [dataclasses.replace(base, **{name: size}) for size in sizes]  # type: ignore[arg-type]
-        alone = [search_step.in_own_process(setting, "ours") for setting in settings]
+        alone = [search_step.Worker(setting, "ours").stop() for setting in settings]
         steps = {
             str(s): search_step.make_step(setting, "ours", device) for s, setting in zip(sizes, settings, strict=True)
         }

@@ -42,16 +42,17 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second read and written by a copy that does not fit into the cache; the best of 10."""
     source = torch.ones(2**26, device=device)  # 256 MB
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / min(_timed(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * source.numel() * 4 / min(timed(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def matmul_rate(device: torch.device) -> float:
     """Multiply-adds a second of a float32 matrix product; the best of 10."""
     a = torch.randn(2048, 2048, device=device)
-    return 2048**3 / min(_timed(lambda: a @ a, device) for _ in range(10))
+    return 2048**3 / min(timed(lambda: a @ a, device) for _ in range(10))
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call, what the device still has to do included."""
     start = time.perf_counter()
     call()
     synchronise(device)
@@ -67,11 +68,11 @@ def synchronise(device: torch.device) -> None:
 def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every contender, one call each in turn, after one call each that does not count."""
     for call in contenders.values():
-        _timed(call, device)
+        timed(call, device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
-            seconds[name].append(_timed(call, device))
+            seconds[name].append(timed(call, device))
     return seconds
 
 

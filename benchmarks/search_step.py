@@ -75,7 +75,7 @@ class StepOptions:
     out: str = "docs"
     """Where performance.md and performance/ are."""
     alone: str | None = None
-    """Measure the memory, kernels and bytes of this contender only and print them; used by the benchmark itself."""
+    """Run this contender's steps as they are asked for on standard input; used by the benchmark itself."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -83,23 +83,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     opt = options.parse(StepOptions, argv, "python -m benchmarks.search_step", __doc__ or "")
     device = utils.pick_device(opt.device)
     if opt.alone:
-        result = _alone(opt, opt.alone, device)
-        print(json.dumps(result))
-        return result
+        return _work(opt, opt.alone, device)
     names: list[str] = [*opt.contenders]
     if opt.external:
         _external(opt)
         names.append("external")
-    alone = {name: in_own_process(opt, name) for name in names}
-    seconds = machine.alternate({name: make_step(opt, name, device) for name in names}, opt.rounds, device)
+    pairs = {name: _in_turns(opt, names[0], name) for name in names[1:]}
     result = {
         "machine": machine.describe("python -m benchmarks.search_step " + " ".join(argv or sys.argv[1:])),
         "setting": {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "rounds")},
         "bandwidth": machine.copy_bandwidth(device),
         "matmul": machine.matmul_rate(device),
-        "seconds": seconds,
-        "ratios": machine.ratios(seconds, names[0]),
-        "alone": alone,
+        "first": names[0],
+        "pairs": pairs,
     }
     machine.publish("search_step", result, _text(result), Path(opt.out))
     return result
@@ -198,21 +194,72 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _alone(opt: StepOptions, name: str, device: torch.device) -> dict[str, Any]:
-    """Peak memory, kernels and bytes of a contender's step, and the multiply-adds of its convolutions."""
+def _work(opt: StepOptions, name: str, device: torch.device) -> dict[str, Any]:
+    """A contender's process: for every line of input one step and its seconds, then what else there is to measure."""
     base = _peak(device)
     step = make_step(opt, name, device)
-    for _ in range(3):
+    for _ in range(2):
         step()
+    print("ready", flush=True)
+    for _ in iter(sys.stdin.readline, "\n"):
+        print(machine.timed(step, device), flush=True)
     result: dict[str, Any] = {"peak_bytes": _peak(device), "before_bytes": base}
-    if name == "compiled":
+    if name != "compiled":  # its kernels are the compiler's
+        count = _Count()
+        kernels._call = count.call
+        with count:
+            step()
+        kernels._call = _call
+        result |= {"kernels": count.kernels, "bytes": count.bytes, "flops": _flops(opt, name, device)}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+class Worker:
+    """A contender in a process of its own: its memory and its allocator are its alone."""
+
+    def __init__(self, opt: StepOptions, name: str) -> None:
+        values = {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "device")}
+        values |= {"alone": name} | ({"external": opt.external} if opt.external else {})
+        command = [sys.executable, "-m", "benchmarks.search_step", *(f"--{k}={v}" for k, v in values.items())]
+        self._process = subprocess.Popen(
+            command, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._read()  # ready
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError("a contender's process died, see above; with less --batch_size it may fit into memory")
+        return line
+
+    def _write(self, text: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(text)
+        self._process.stdin.flush()
+
+    def step(self) -> float:
+        """Seconds of a step."""
+        self._write("step\n")
+        return float(self._read())
+
+    def stop(self) -> dict[str, Any]:
+        """Peak memory, kernels, bytes and multiply-adds of a step."""
+        self._write("\n")
+        result: dict[str, Any] = json.loads(self._read())
+        self._process.wait()
         return result
-    count = _Count()
-    kernels._call = count.call
-    with count:
-        step()
-    kernels._call = _call
-    return result | {"kernels": count.kernels, "bytes": count.bytes, "flops": _flops(opt, name, device)}
+
+
+def _in_turns(opt: StepOptions, first: str, second: str) -> dict[str, Any]:
+    """Two contenders that take turns, each in its process."""
+    workers = {name: Worker(opt, name) for name in (first, second)}
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(opt.rounds):
+        for name, worker in workers.items():
+            seconds[name].append(worker.step())
+    return {"seconds": seconds, "alone": {name: worker.stop() for name, worker in workers.items()}}
 
 
 def _flops(opt: StepOptions, name: str, device: torch.device) -> int:
@@ -231,39 +278,28 @@ def _peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def in_own_process(opt: StepOptions, name: str) -> dict[str, Any]:
-    """Peak memory, kernels, bytes and multiply-adds of a contender that has a process to itself."""
-    values = {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "device")}
-    values |= {"alone": name} | ({"external": opt.external} if opt.external else {})
-    arguments = [f"--{key}={value}" for key, value in values.items()]
-    command = [sys.executable, "-m", "benchmarks.search_step", *arguments]
-    done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def _text(result: dict[str, Any]) -> str:
-    setting, seconds, alone = result["setting"], result["seconds"], result["alone"]
-    first = next(iter(seconds))
+    setting, first, pairs = result["setting"], result["first"], result["pairs"]
     speed, limits = [], []
-    for name, times in seconds.items():
-        own = alone[name]
-        peak = f"{own['peak_bytes'] / 1e9:.2f} GB"
-        share = f"1/{alone[first]['peak_bytes'] / own['peak_bytes']:.1f}"
+    everyone = {first: next(iter(pairs.values()))} | pairs
+    for name, pair in everyone.items():
+        times, own, others = pair["seconds"][name], pair["alone"][name], pair["alone"][first]
+        ratio = machine.spread(machine.ratios(pair["seconds"], first)[name])
+        share = f"1/{others['peak_bytes'] / own['peak_bytes']:.1f}"
         launches = f"{own['kernels']:,}" if "kernels" in own else "-"
-        speed.append([name, machine.spread(times), machine.spread(result["ratios"][name]), peak, share, launches])
+        speed.append([name, machine.spread(times), ratio, f"{own['peak_bytes'] / 1e9:.2f} GB", share, launches])
         if "bytes" in own:
             memory, arithmetic = own["bytes"] / result["bandwidth"], own["flops"] / result["matmul"]
-            row = [name, f"{own['flops'] / 1e9:.0f} G", f"{own['bytes'] / 1e9:.0f} GB", own["flops"] / own["bytes"]]
-            limits.append([*row[:3], f"{row[3]:.1f}", f"{arithmetic:.2f} s", f"{memory:.2f} s"])
-            limits[-1].append(f"{min(times) / max(memory, arithmetic):.1f}")
+            row = [name, f"{own['flops'] / 1e9:.0f} G", f"{own['bytes'] / 1e9:.0f} GB"]
+            row += [f"{own['flops'] / own['bytes']:.1f}", f"{arithmetic:.2f} s", f"{memory:.2f} s"]
+            limits.append([*row, f"{min(times) / max(memory, arithmetic):.1f}"])
     head = ["contender", "s a step", f"times faster than {first}", "peak memory", f"of {first}'s", "kernels a step"]
     second = ["contender", "multiply-adds", "read and written", "multiply-adds a byte"]
     second += ["arithmetic alone", "memory alone", "best time / the larger"]
     size = f"{setting['image_size']}x{setting['image_size']}"
     return (
         f"One search step, C = {setting['init_channels']}, {setting['layers']} cells, batch {setting['batch_size']}, "
-        f"{size}, float32; n = {setting['rounds']} steps in turns, median (lowest to highest).\n\n"
+        f"{size}, float32; n = {setting['rounds']} steps, each in turns with {first}, median (lowest to highest).\n\n"
         f"{machine.table(head, speed)}\n\n"
         f"Against the limits of the machine, which copies {result['bandwidth'] / 1e9:.0f} GB/s and does "
         f"{result['matmul'] / 1e9:.0f} G multiply-adds a second in a matrix product:\n\n"

@@ -56,15 +56,16 @@ def test_a_search_step_is_compared_with_the_textbook_and_with_what_others_bring(
     small = ["--init_channels=4", "--layers=3", "--batch_size=2", "--image_size=8", "--rounds=2", f"--out={tmp_path}"]
     result = search_step.main([*small, "--contenders=[textbook, ours]", f"--external={adapter}"])
     stored, page = performance(tmp_path, "search_step")
-    assert stored["ratios"] == result["ratios"] and {*stored["seconds"]} == {"textbook", "ours", "external"}
-    assert all(len(times) == 2 and min(times) > 0 for times in result["seconds"].values())
-    alone = result["alone"]
+    assert stored["pairs"] == result["pairs"] and {*stored["pairs"]} == {"ours", "external"}
+    for pair in result["pairs"].values():
+        assert all(len(times) == 2 and min(times) > 0 for times in pair["seconds"].values())
+    alone = result["pairs"]["ours"]["alone"]
     assert alone["textbook"]["flops"] == alone["ours"]["flops"] > 1e6  # the same function
     assert alone["ours"]["kernels"] < alone["textbook"]["kernels"] / 2
     assert alone["ours"]["bytes"] < alone["textbook"]["bytes"]
     assert "| textbook |" in page and "| external |" in page
     with pytest.raises(UserError, match="no Python file"):
-        search_step.main([*small, "--contenders=[]", "--external=nowhere.py"])
+        search_step.main([*small, "--contenders=[textbook]", "--external=nowhere.py"])
 
 
 def test_the_input_pipeline_is_compared_with_image_folder(tiny: Path, tmp_path: Path) -> None:

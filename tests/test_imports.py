@@ -12,9 +12,9 @@ LAYERS = [
     {"operations"},
     {"data", "model_search", "model", "visualize"},
     {"cost", "checkpoint", "report"},
-    {"experiment", "child"},
+    {"experiment", "child", "budget"},
     {"engine"},
-    {"search", "retraining", "exporting"},
+    {"search", "retraining", "exporting", "constraining"},
     {"main", "main_constraint", "inspect_model", "retrain", "export_model"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

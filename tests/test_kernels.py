@@ -110,6 +110,15 @@ def test_a_maximum_met_twice_gives_its_gradient_once() -> None:
     assert_close(run(op, x, 1.0, None, True), run(op, x, 1.0, None, False))
 
 
+@pytest.mark.parametrize("name", ["sep_conv_3x3", "dil_conv_5x5", "max_pool_3x3", "avg_pool_3x3"])
+def test_what_is_no_number_is_not_hidden(name: str) -> None:
+    x = torch.randn(2, 4, 6, 6)
+    x[0, 1, 2, 3] = torch.nan
+    op = make_op(name, 4, 1, affine=False)
+    assert op(x).isnan().any() and op(x)[:, 0].isnan().any() == (name in ("sep_conv_3x3", "dil_conv_5x5"))
+    assert make_op(name, 4, 1, affine=False).eval()(x).isnan().sum() > 1
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     torch.manual_seed(0)
     op = make_op("sep_conv_5x5", 16, 1, affine=False)

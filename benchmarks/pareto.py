@@ -1,0 +1,143 @@
+"""Searches under several budgets with several seeds: what the child costs, and its accuracy.
+
+    python -m benchmarks.pareto --measure params --budgets='[250000, 400000, 600000]' --seeds 3
+
+Each is a run of main_constraint.py; finished ones are skipped, interrupted ones go on. A search without a budget
+(--eta 0) of every seed is run for comparison. Writes OUT.json, OUT.md and the picture OUT.png.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+import checkpoint
+import experiment
+import main_constraint
+import options
+import utils
+from benchmarks import machine
+from options.constraint_option import ConstraintOptions
+
+
+@dataclass(frozen=True)
+class ParetoOptions:
+    """What is swept."""
+
+    measure: Literal["params", "flops", "mac"] = "params"
+    """What the budgets are about."""
+    budgets: list[PositiveFloat] = field(default_factory=lambda: [250_000.0, 400_000.0, 600_000.0])
+    """Budgets."""
+    seeds: PositiveInt = 3
+    """Searches of each budget."""
+    preset: str = "options/presets/quick.yaml"
+    """The recipe of every search."""
+    options: list[str] = field(default_factory=list)
+    """Further options of main_constraint.py, e.g. --options='[--image_size=14]'."""
+    experiments_dir: str = "experiments"
+    """Where the searches go, as pareto_MEASURE_BUDGET_SEED."""
+    out: str = "docs/pareto"
+    """The results, without ending."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what is missing and write table and picture; returns the content of the JSON file."""
+    opt = options.parse(ParetoOptions, argv, "python -m benchmarks.pareto", __doc__ or "")
+    runs = [
+        _one(opt, budget, seed) for budget in [None, *sorted(opt.budgets, reverse=True)] for seed in range(opt.seeds)
+    ]
+    result = {
+        "machine": machine.describe("python -m benchmarks.pareto " + " ".join(argv or sys.argv[1:])),
+        "measure": opt.measure,
+        "preset": opt.preset,
+        "runs": runs,
+    }
+    Path(opt.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{opt.out}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Path(f"{opt.out}.md").write_text(_markdown(result, f"{Path(opt.out).name}.png"), encoding="utf-8")
+    _draw(result, Path(f"{opt.out}.png"))
+    print(f"written  {opt.out}.md, {opt.out}.json, {opt.out}.png")
+    return result
+
+
+def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
+    """The last row of metrics of one search, run now if it is not finished; a finished one must be of this recipe."""
+    name = f"pareto_{opt.measure}_{'free' if budget is None else f'{budget:.0f}'}_{seed}"
+    argv = ["--config", opt.preset, *opt.options, "--name", name, "--experiments_dir", opt.experiments_dir]
+    argv += ["--seed", str(seed), "--measure", opt.measure, "--resume", "True"]
+    argv += ["--eta", "0"] if budget is None else [f"--target_{opt.measure}", str(budget)]
+    folder = Path(opt.experiments_dir) / name
+    wanted = options.parse(ConstraintOptions, argv, "main_constraint.py", "")
+    done = checkpoint.epochs(folder, "weights")
+    if not done or done[-1] < wanted.epochs:
+        print(f"--- {name}")
+        main_constraint.main(argv)
+        done = checkpoint.epochs(folder, "weights")
+    stored = checkpoint.load(checkpoint.path_of(folder, "weights", done[-1]))["options"]
+    experiment.check_same_options(wanted, stored, folder)
+    row = utils.read_metrics(folder / "metrics.jsonl")[-1]
+    return {
+        "budget": budget,
+        "seed": seed,
+        "child": row[f"child_{opt.measure}"],
+        "expected": row[f"cost_{opt.measure}"],
+        "eta": row[f"eta_{opt.measure}"],
+        "child_valid_acc": row["child_valid_acc"],
+        "valid_acc": row["valid_acc"],
+    }
+
+
+def _groups(result: dict[str, Any]) -> list[tuple[float | None, list[dict[str, Any]]]]:
+    budgets = list(dict.fromkeys(run["budget"] for run in result["runs"]))
+    return [(budget, [run for run in result["runs"] if run["budget"] == budget]) for budget in budgets]
+
+
+def _markdown(result: dict[str, Any], picture: str) -> str:
+    rows = []
+    for budget, runs in _groups(result):
+        children = ", ".join(f"{run['child']:,.0f}" for run in runs)
+        used = "-" if budget is None else ", ".join(f"{100 * run['child'] / budget:.1f} %" for run in runs)
+        accuracies = [run["child_valid_acc"] for run in runs]
+        spread = f" (sd {statistics.stdev(accuracies):.2f})" if len(runs) > 1 else ""
+        shown = "none" if budget is None else f"{budget:,.0f}"
+        rows.append([shown, len(runs), children, used, f"{statistics.mean(accuracies):.2f} %{spread}"])
+    head = [f"budget, {result['measure']}", "n", "the children", "of the budget", "child accuracy, mean"]
+    about = result["machine"]
+    return (
+        f"# Budgets on {result['measure']}\n\nEvery child is that of a search with `{result['preset']}` and its own "
+        "seed; accuracy is that on the validation split with the supernet's weights, without retraining.\n\n"
+        f"{machine.table(head, rows)}\n\n![children and budgets]({picture})\n\n"
+        f"`{about['command']}`, {about['processor']}, torch {about['torch']}, commit {about['commit']}\n"
+    )
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Accuracy of every child over its cost, budgets as lines."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise options.UserError("the picture needs matplotlib: pip install -r requirements-dev.txt") from None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (budget, runs) in enumerate(_groups(result)):
+        color, label = f"C{number}", "no budget" if budget is None else f"budget {budget:,.0f}"
+        axes.scatter(
+            [r["child"] for r in runs], [r["child_valid_acc"] for r in runs], color=color, label=label, zorder=3
+        )
+        if budget is not None:
+            axes.axvline(budget, color=color, linestyle="--", linewidth=1)
+    axes.set_xlabel(f"{result['measure']} of the derived child")
+    axes.set_ylabel("validation accuracy of the child, %")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    options.entry(main)
