@@ -3,11 +3,13 @@
 A batch is one gather from the uint8 cache with a crop offset and a mirror flag per image.
 """
 
+import hashlib
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +26,8 @@ from options.default_option import RunOptions
 
 NAMED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 SPLITS = ("train", "valid", "test")
+_FORMAT = 1  # of kept splits; to be raised when splitting changes
+_MANY = 10_000  # images whose split is worth keeping
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,27 @@ def _load_named(opt: RunOptions) -> Pool:
 def make_split(pool: Pool, opt: RunOptions) -> dict[str, list[str]]:
     """The names of the images of each split: stratified by class, seeded, groups kept whole.
 
+    That of many images takes seconds and is kept in cache_dir, for the next run with the same names and options.
+
     Raises:
         UserError: too few images or groups for three splits, or a group_pattern that fits no name.
     """
+    if len(pool.names) < _MANY:
+        return _new_split(pool, opt)
+    how = (opt.seed, opt.test_portion, opt.train_portion, opt.group_pattern, pool.official_test)
+    key = repr((_FORMAT, how, pool.names, pool.labels.tolist()))
+    path = Path(opt.cache_dir).expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
+    if path.exists():
+        stored: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+        return stored
+    split = _new_split(pool, opt)
+    with suppress(OSError):  # it can be made again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        utils.write_atomic(path, json.dumps(split))
+    return split
+
+
+def _new_split(pool: Pool, opt: RunOptions) -> dict[str, list[str]]:
     labels = pool.labels.numpy()
     everything = np.arange(len(labels))
     groups = _groups(pool.names, opt.group_pattern)

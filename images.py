@@ -93,7 +93,7 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
     high byte is taken, as Pillow does.
 
     What took long to decode, or is larger than max_ram_gb, is kept in cache_dir as a .npy file of these very files
-    (names, sizes, dates), from which a later run starts at once; the larger one is mapped into memory.
+    (names, sizes, dates), which a later run maps into memory and starts at once.
 
     Args:
         image_size: side to resize (shorter side) and crop (centre) to; None keeps the size, if there is one.
@@ -107,7 +107,7 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
     )
     path = cache_dir.expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npy"
     if path.exists():
-        return _load(path, max_ram_gb)
+        return _load(path)
     start = time.perf_counter()
     images, kept = [], 0
     for image in _lazily(lambda name: _read(folder.root / name, image_size), folder, range(len(folder.files))):
@@ -123,7 +123,7 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
             mapped = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
             _fill(mapped, images, folder, image_size)
             mapped.flush()
-        return _load(path, max_ram_gb)
+        return _load(path)
     pixels = np.empty(shape, np.uint8)
     _fill(pixels, images, folder, image_size)
     if time.perf_counter() - start > _LONG:
@@ -144,10 +144,9 @@ def _one_size(folder: ImageFolder, images: list[_Read], image_size: int | None) 
     return sizes.pop()
 
 
-def _load(path: Path, max_ram_gb: float) -> Tensor:
+def _load(path: Path) -> Tensor:
     # "c": copy on write, so that torch gets a writable array and the file stays as it is
-    mapped: np.ndarray[Any, Any] = np.load(path, mmap_mode="c")
-    return torch.from_numpy(mapped if mapped.nbytes > max_ram_gb * 1e9 else np.array(mapped))
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def _keep(path: Path, pixels: np.ndarray[Any, Any]) -> None:

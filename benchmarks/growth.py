@@ -17,7 +17,6 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 import options
-import utils
 from benchmarks import machine, search_step
 
 SIZES = {
@@ -43,7 +42,6 @@ class GrowthOptions:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
     opt = options.parse(GrowthOptions, argv, "python -m benchmarks.growth", __doc__ or "")
-    device = utils.pick_device(opt.device)
     result: dict[str, Any] = {
         "machine": machine.describe("python -m benchmarks.growth " + " ".join(argv or sys.argv[1:]))
     }
@@ -51,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, sizes in SIZES.items():
         base = search_step.StepOptions(device=opt.device, **_BASE)  # type: ignore[arg-type]
         settings = [dataclasses.replace(base, **{name: size}) for size in sizes]  # type: ignore[arg-type]
-        alone = [search_step.Worker(setting, "ours").stop() for setting in settings]
-        steps = {
-            str(s): search_step.make_step(setting, "ours", device) for s, setting in zip(sizes, settings, strict=True)
-        }
-        seconds = machine.alternate(steps, opt.rounds, device)
+        workers = {getattr(setting, name): search_step.Worker(setting, "ours") for setting in settings}
+        seconds: dict[int, list[float]] = {size: [] for size in workers}
+        for _ in range(opt.rounds):
+            for size, worker in workers.items():
+                seconds[size].append(worker.step())
+        alone = [worker.stop() for worker in workers.values()]
         medians = [statistics.median(times) for times in seconds.values()]
         work = [own["flops"] for own in alone]
         memory = [own["peak_bytes"] - own["before_bytes"] for own in alone]

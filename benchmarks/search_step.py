@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if opt.external:
         _external(opt)
         names.append("external")
+    if len(names) < 2:
+        raise UserError(f"--contenders {names} has nothing to compare")
     pairs = {name: _in_turns(opt, names[0], name) for name in names[1:]}
     result = {
         "machine": machine.describe("python -m benchmarks.search_step " + " ".join(argv or sys.argv[1:])),
@@ -273,8 +275,13 @@ def _flops(opt: StepOptions, name: str, device: torch.device) -> int:
 
 
 def _peak(device: torch.device) -> int:
+    """The most memory that this process has had, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # getrusage counts what the parent had before it started this process
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

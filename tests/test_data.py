@@ -219,3 +219,16 @@ def test_the_bundled_slice_is_complete() -> None:
     assert made.info.image_size == [28, 28] and made.info.channels == 1
     with Image.open(folder / "Bag" / "00023.png") as image:
         assert image.mode == "L"
+
+
+def test_the_split_of_many_images_is_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import data
+
+    monkeypatch.setattr(data, "_MANY", 10)
+    fresh = Data(options(tiny, cache_dir=str(tmp_path))).split
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    monkeypatch.setattr(data, "_new_split", lambda *_: pytest.fail("split again"))
+    assert Data(options(tiny, cache_dir=str(tmp_path))).split == fresh
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "_MANY", 10)
+    assert Data(options(tiny, cache_dir=str(tmp_path), seed=1)).split != fresh
