@@ -5,7 +5,6 @@ A batch is one gather from the uint8 cache with a crop offset and a mirror flag 
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -339,17 +338,16 @@ def augment(pixels: Tensor, how: Augmentation, random: torch.Generator | None = 
 
 def _measure(pixels: Tensor, chosen: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of pixels in 0..1, exact, from histograms."""
-    mean, std = [], []
+    channels = pixels.shape[1]
+    counts = torch.zeros(channels, 256, dtype=torch.float64)
+    for indices in chosen.sort().values.split(1024):
+        block = pixels[indices]  # (b, C, H, W)
+        counts += torch.stack([torch.bincount(block[:, c].flatten(), minlength=256) for c in range(channels)])
     value = torch.arange(256, dtype=torch.float64) / 255
-    for channel in range(pixels.shape[1]):
-        counts = torch.zeros(256, dtype=torch.float64)
-        for block in chosen.split(4096):
-            counts += torch.bincount(pixels[block, channel].flatten().int(), minlength=256)
-        share = counts / counts.sum()
-        centre = float((share * value).sum())
-        mean.append(centre)
-        std.append(max(math.sqrt(float((share * (value - centre) ** 2).sum())), 1 / 255))
-    return mean, std
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ value  # (C,)
+    var = (share * (value - mean[:, None]) ** 2).sum(1)
+    return mean.tolist(), var.sqrt().clamp_min(1 / 255).tolist()
 
 
 def write_split(path: Path, data: Data, opt: RunOptions) -> None:

@@ -180,7 +180,7 @@ def estimate_seconds(
         evaluated: images an epoch that are only run forward, a third of a step each.
     """
     images, targets = next(run.data.train_batches(run.opt.batch_size, 0, run.device))
-    size, seconds = min(8, run.opt.batch_size), 0.0
+    size, seconds = 2, 0.0
     network.train()
     with frozen_statistics(network):
         for attempt in range(3):  # the first warms up; then the whole batch where it is fast
@@ -191,7 +191,7 @@ def estimate_seconds(
             seconds = (time.perf_counter() - start) / len(targets[:size])
             if attempt and (size == run.opt.batch_size or seconds * run.opt.batch_size > 1.0):
                 break
-            size = run.opt.batch_size if attempt else size
+            size = run.opt.batch_size if attempt else min(8, run.opt.batch_size)
     network.zero_grad()
     return (run.opt.epochs - run.epoch) * seconds * (len(run.data.indices["train"]) + 0.35 * evaluated)
 

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 SOURCE = Path(__file__).with_suffix(".cpp")
 KERNELS = (3, 5, 7)  # sides of depthwise convolutions that are compiled
 enabled = True  # set to False to use PyTorch's operations throughout
+_loaded = False  # for compiled code, which cannot load them
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
 
@@ -60,6 +61,7 @@ NOTHING, CONV, MAX, MEAN = range(4)  # as in kernels.cpp
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be compiled."""
+    global _loaded
     # The OpenMP that torch itself has loaded: a second one would fight with it for the cores
     openmp = [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))]
     command = [os.environ.get("CXX", "c++"), *_FLAGS, str(SOURCE), *openmp]
@@ -77,6 +79,7 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(path))
         found.operation_forward.argtypes = [ctypes.c_void_p] * 11
         found.operation_backward.argtypes = [ctypes.c_void_p] * 13
+        _loaded = True
         return found
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -99,11 +102,6 @@ def _processor() -> str:
         return platform.processor()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _available() -> bool:
-    return library() is not None
-
-
 def usable(x: Tensor) -> bool:
     """Whether the kernels can work on x (B, C, H, W): a plain float32 tensor of the CPU that is not being exported."""
     return (
@@ -114,7 +112,7 @@ def usable(x: Tensor) -> bool:
         and not torch.compiler.is_exporting()
         and not torch.is_autocast_enabled("cpu")
         and x.numel() > 0
-        and _available()
+        and (_loaded if torch.compiler.is_compiling() else library() is not None)
     )
 
 

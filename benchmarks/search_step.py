@@ -248,9 +248,9 @@ class Worker:
 
     def stop(self) -> dict[str, Any]:
         """Peak memory, kernels, bytes and multiply-adds of a step."""
-        self._write("\n")
-        result: dict[str, Any] = json.loads(self._read())
-        self._process.wait()
+        with self._process:
+            self._write("\n")
+            result: dict[str, Any] = json.loads(self._read())
         return result
 
 
