@@ -73,15 +73,15 @@ class Constrained(nn.Module):
     The penalty is (C - fixed) / U, U the same of the uniform architecture: 1 means as dear as the average of all
     operations, in every measure and for every size of network; or log2(1 + that), which is 1 there too.
 
-    Without budgets eta is fixed. With a budget B, eta is a multiplier (projected gradient ascent on the dual): after
-    every step, eta <- max(0, eta + rate * (max(E[C], C(child)) / B - 1)). It rises while the expectation or the child
+    Without budgets eta is fixed. With a budget B, eta is a multiplier that follows the excess: after every step,
+    eta <- max(0, eta + rate * (max(E[C], C(child)) / B - 1)). It rises while the expectation or the child
     is above the budget and falls while both are below.
 
     Args:
         alphas: gives [alpha_normal, alpha_reduce].
         tables: what the architectures cost, per measure that matters, deployed as they will be.
         budgets: the largest cost allowed, per measure; those without one have the fixed eta.
-        eta: the fixed weight, and where multipliers start.
+        eta: the fixed weight; multipliers start at 0.
         rate: of the multiplier, per step and relative excess.
         estimator: a name of ESTIMATORS.
         logarithmic: the penalty's form.
@@ -101,11 +101,10 @@ class Constrained(nn.Module):
     ) -> None:
         super().__init__()
         self.alphas, self.budgets, self.rate = alphas, dict(budgets), rate
-        self.measures = list(tables)
         self.estimate, self.logarithmic = ESTIMATORS[estimator], logarithmic
-        self._tables = dict(tables)
-        start = [0.0 if measure in budgets else eta for measure in tables]
-        self.register_buffer("eta", torch.tensor(start, dtype=torch.float64))
+        self._tables, self._uniform = dict(tables), {measure: table.uniform() for measure, table in tables.items()}
+        self._free = eta == 0.0
+        self.register_buffer("eta", torch.tensor([0.0 if measure in budgets else eta for measure in tables]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Constrained":
         super()._apply(fn, recurse)
@@ -116,12 +115,12 @@ class Constrained(nn.Module):
         """See search.Objective."""
         loss = F.cross_entropy(logits.float(), targets)
         for index, (measure, table) in enumerate(self._tables.items()):
-            if measure not in self.budgets and not self.eta[index]:
+            if measure not in self.budgets and self._free:
                 continue  # eta = 0 is main.py, bit for bit
-            penalty = (self.estimate(table, self.alphas(), z) - table.fixed) / table.uniform()
+            penalty = (self.estimate(table, self.alphas(), z) - table.fixed) / self._uniform[measure]
             if self.logarithmic:
                 penalty = torch.log2(1 + penalty)
-            loss = loss + self.eta[index].to(loss.dtype) * penalty
+            loss = loss + self.eta[index].clone() * penalty  # a copy: eta changes before the backward pass
             if measure in self.budgets and torch.is_grad_enabled():
                 self._adapt(index, measure, table, z)
         return loss, {}
@@ -149,7 +148,7 @@ class Constrained(nn.Module):
     def summary(self, row: Mapping[str, Any]) -> str:
         """How far from the budget, for the line of an epoch."""
         parts = []
-        for measure in self.measures:
+        for measure in self._tables:
             child, eta = row[f"child_{measure}"], row[f"eta_{measure}"]
             text = f"{measure} {child:,.0f} (expected {row[f'cost_{measure}']:,.0f}"
             if measure in self.budgets:

@@ -8,6 +8,7 @@
 `count_params` and `count_flops` count a network that is built, and tests hold the formulas against them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -21,6 +22,7 @@ from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, edge_list
 
 MEASURES = ("params", "flops", "mac")
 Size = tuple[int, int]  # H, W
+Pairs = Sequence[tuple[str, int]]  # (op, source state)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,14 @@ class Deployed:
         total += _conv(quarter, c, c, (3, 3), 2)
         return total + _norm(c // 2) + _norm(c) + _norm(c)
 
+    def total(self, concat: tuple[int, int], normal: Pairs, reduce: Pairs) -> Cost:
+        """The whole network, given the (op, source) pairs of both cells."""
+        total = self.fixed(concat)
+        for plan, _, last in self.places(concat):
+            for op, source in reduce if plan.reduction else normal:
+                total += self.op(plan, last, op, source)
+        return total
+
     def op(self, plan: CellPlan, last: Size, op: str, source: int) -> Cost:
         """An operation on an edge that leaves state `source` of a cell whose c_{k-1} has size `last`."""
         stride = 2 if plan.reduction and source < 2 else 1
@@ -183,23 +193,14 @@ def cost(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     deployed = Deployed(init_channels, layers, size, num_classes, in_channels, stem, affine)
     concat = (len(genotype.normal_concat), len(genotype.reduce_concat))
-    total = deployed.fixed(concat)
-    for plan, _, last in deployed.places(concat):
-        for node in genotype.reduce if plan.reduction else genotype.normal:
-            for op, source in node:
-                total += deployed.op(plan, last, op, source)
-    return total.to_dict()
+    normal, reduce = ([pair for node in nodes for pair in node] for nodes in (genotype.normal, genotype.reduce))
+    return deployed.total(concat, normal, reduce).to_dict()
 
 
 def supernet_cost(space: str, nodes: int, deployed: Deployed) -> dict[str, int]:
     """params (without alpha), flops and mac of a supernet, all operations of every edge; its norms are not affine."""
-    concat = (nodes, nodes)
-    total = deployed.fixed(concat)
-    for plan, _, last in deployed.places(concat):
-        for _, source in edge_list(nodes):
-            for op in SPACES[space]:
-                total += deployed.op(plan, last, op, source)
-    return total.to_dict()
+    every = [(op, source) for _, source in edge_list(nodes) for op in SPACES[space]]
+    return deployed.total((nodes, nodes), every, every).to_dict()
 
 
 @dataclass(frozen=True)

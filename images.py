@@ -101,7 +101,7 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
     Raises:
         UserError: unreadable files, or several sizes and no image_size.
     """
-    stats = [(folder.root / name).stat() for name in folder.files]
+    stats = [os.stat(f"{folder.root}/{name}") for name in folder.files]
     key = repr(
         (_FORMAT, str(folder.root.resolve()), image_size, folder.files, [(s.st_size, s.st_mtime_ns) for s in stats])
     )

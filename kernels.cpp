@@ -81,8 +81,8 @@ template <typename vec> struct Operation {
         : s(shape), C(s.channels), groups((C + V - 1) / V), Cp(groups * V), k(s.kernel), kk(k * k), stride(s.stride),
           dilation(s.dilation), pad(dilation * (k / 2)), H(s.height), W(s.width), Hp(H + 2 * pad), Wp(W + 2 * pad),
           h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np((n + BLOCK - 1) / BLOCK * BLOCK),
-          conv(s.kind == CONV), pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp), pixels(size_t(np) * Cp), bordered(size_t(Hp) * Wp * Cp),
-          input(size_t(H) * W) {}
+          conv(s.kind == CONV), pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp),
+          pixels(size_t(np) * Cp), bordered(size_t(Hp) * Wp * Cp), input(size_t(H) * W) {}
 
     static vec get(const float *at) { return *reinterpret_cast<const vec *>(at); }
     static void set(float *at, vec v) { *reinterpret_cast<vec *>(at) = v; }

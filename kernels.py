@@ -1,4 +1,4 @@
-"""Batch norm, and a half of a separable convolution with it, as fused kernels for the CPU (kernels.cpp).
+"""Batch norm with the half of a separable convolution, or the pooling, before it: fused CPU kernels (kernels.cpp).
 
 The layout trick, explained once. A supernet spends its time on (ReLU,) depthwise, pointwise, batch norm. As library
 calls these read and write every intermediate tensor from and to memory, and two of their backward passes, the
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-KERNELS = (3, 5, 7)  # sides of depthwise convolutions that are compiled
+KERNELS = (1, 3, 5, 7)  # sides that are compiled
 enabled = True  # set to False to use PyTorch's operations throughout
 _loaded = False  # for compiled code, which cannot load them
 
@@ -86,10 +86,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def _keep_memory() -> None:
-    """Tell glibc to keep freed memory instead of giving it back: fetching it again costs a tenth of every step."""
+    """Tell glibc to keep freed memory instead of giving it back: fetching it again costs a twentieth of a step."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_TRIM_THRESHOLD, ... of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_...
+        for parameter, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**26), (mmap_threshold, 2**30)):
             mallopt(parameter, value)
 
 
@@ -131,11 +132,12 @@ def operation(
         x: (B, C, H, W).
         module: the statistics and, without a scale, the affine weights.
         way: what comes before the batch norm.
-        weights: of a convolution: depthwise (C, 1, k, k) and pointwise (C, C, 1, 1), k of KERNELS.
+        weights: of a convolution: depthwise (C, 1, k, k) and pointwise (C, C, 1, 1).
         scale: a scalar.
         total: (B, C, ceil(H / stride), ceil(W / stride)).
         relu: cut off the result below zero.
     """
+    assert way.kernel in KERNELS
     gamma, beta = (module.weight, module.bias) if scale is None else (scale, None)
     assert module.running_mean is not None and module.running_var is not None and module.momentum is not None
     assert module.num_batches_tracked is not None
@@ -159,22 +161,27 @@ def _forward(
     inputs: Optionals, out: Tensor, accumulate: bool, state: Optionals, settings: list[int], momentum: float, eps: float
 ) -> tuple[_Shape, Tensor]:
     """Fill `out`; inputs are x, depthwise, pointwise, gamma and beta. Returns the shape and mean and 1 / std (2, C)."""
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    shape = _shape(inputs, settings, accumulate, momentum, eps)
+    if shape.training and out.numel() // shape.channels < 2:
+        raise ValueError(f"batch norm needs more than one value a channel in training, got {tuple(out.shape)}")
+    mean, var, _ = state
+    assert mean is not None and var is not None
+    statistics = torch.empty(2, shape.channels) if shape.training else torch.stack([mean, (var + eps).rsqrt()])
+    _call("operation_forward", shape, *inputs, statistics, *state, out)
+    return shape, statistics
+
+
+def _shape(inputs: Optionals, settings: list[int], accumulate: bool, momentum: float, eps: float) -> _Shape:
     x, gamma = inputs[0], inputs[3]
-    assert x is not None and out.is_contiguous(memory_format=torch.channels_last)
+    assert x is not None
     *way, relu_first, training, relu = settings
     batch, channels, height, width = x.shape
-    if training and out.numel() // channels < 2:
-        raise ValueError(f"batch norm needs more than one value a channel in training, got {tuple(x.shape)}")
     scalar = gamma is not None and gamma.dim() == 0
-    shape = _Shape(
+    return _Shape(
         batch, height, width, channels, *way, training, relu, accumulate, torch.get_num_threads(), relu_first, scalar,
         momentum, eps,
     )  # fmt: skip
-    mean, var, _ = state
-    assert mean is not None and var is not None
-    statistics = torch.empty(2, channels) if training else torch.stack([mean, (var + eps).rsqrt()])
-    _call("operation_forward", shape, *inputs, statistics, *state, out)
-    return shape, statistics
 
 
 def _backward(shape: _Shape, inputs: Optionals, statistics: Tensor, grad: Tensor) -> Optionals:
@@ -273,13 +280,8 @@ def _traced_backward(
     settings: list[int],
 ) -> list[Tensor]:
     """The gradients of those inputs that are tensors."""
-    *way, relu_first, training, relu = settings
     inputs = _laid_out(x, depthwise, pointwise, gamma, beta)
-    batch, channels, height, width = x.shape
-    scalar = gamma is not None and gamma.dim() == 0
-    shape = _Shape(
-        batch, height, width, channels, *way, training, relu, False, torch.get_num_threads(), relu_first, scalar, 0, 0
-    )
+    shape = _shape(inputs, settings, False, 0.0, 0.0)  # the last two matter forward only
     return [g for g in _backward(shape, inputs, statistics, grad) if g is not None]
 
 

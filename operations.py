@@ -105,6 +105,10 @@ class State:
         return self._stages[key]
 
 
+def _as_state(state: State | Tensor) -> State:
+    return state if isinstance(state, State) else State(state)
+
+
 class Operation(nn.Module):
     """Base of the operations; see the module's head."""
 
@@ -120,8 +124,7 @@ class Operation(nn.Module):
             scale: a scalar.
             total: of the output's shape, only together with a scale.
         """
-        state = state if isinstance(state, State) else State(state)
-        return self.rest(state.stage(self.first, self.stride), scale, total)
+        return self.rest(_as_state(state).stage(self.first, self.stride), scale, total)
 
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         """What follows the first stage, y = first(x)."""
@@ -150,9 +153,9 @@ class Pool(Operation):
         self.way = kernels.Way(kind, int(first[-1]), stride)
 
     def forward(self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-        x = state.x if isinstance(state, State) else state
-        if kernels.usable(x):
-            return kernels.operation(x, self.norm, self.way, None, scale, total)
+        state = _as_state(state)
+        if kernels.usable(state.x):
+            return kernels.operation(state.x, self.norm, self.way, None, scale, total)
         return super().forward(state, scale, total)
 
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
@@ -189,11 +192,10 @@ class DilConv(Operation):
         self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False
     ) -> Tensor:
         """See Operation.forward; relu: cut off the result below zero."""
-        x = state.x if isinstance(state, State) else state
-        if kernels.usable(x):
+        state = _as_state(state)
+        if kernels.usable(state.x):
             weights = (self.depthwise.weight, self.pointwise.weight)
-            return kernels.operation(x, self.norm, self.way, weights, scale, total, relu)
-        state = state if isinstance(state, State) else State(state)
+            return kernels.operation(state.x, self.norm, self.way, weights, scale, total, relu)
         d = self.depthwise(state.stage(self.first, self.stride))
         return self.norm(self.pointwise(d), scale, total, relu)
 

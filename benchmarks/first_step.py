@@ -2,8 +2,9 @@
 
     python -m benchmarks.first_step --dataset PATH/TO/CHIPS --copies 7
 
-The folder is linked `copies` times into a temporary one, so that it has as many files as is wanted. "cold" has no
-decoded images in the cache and "warm" has; the files themselves are in the memory of the system either way.
+The folder is linked `copies` times into a temporary one, so that it has as many files as is wanted. "cold" has
+neither decoded images nor a split in the cache, "warm" has both; the files themselves are in the
+memory of the system either way.
 """
 
 import os
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {"cold": [], "warm": []}
         _start(opt, root, "unused")  # the kernels are compiled, the files are in memory
         for _ in range(opt.rounds):
-            for path in (root / "cache").glob("*.npy"):
+            for path in (root / "cache").glob("*"):
                 path.unlink()
             for kind, times in seconds.items():
                 times.append(_start(opt, root, kind))

@@ -8,10 +8,11 @@ from test_retrain import searched  # noqa: F401
 
 import options
 import retrain
-from benchmarks import first_step, growth, input_pipeline, machine, random_baseline, scaling, search_step
+from benchmarks import first_step, growth, input_pipeline, machine, pareto, random_baseline, scaling, search_step
 from genotypes import random_genotype
 from options import UserError
 from options.child_option import ChildOptions
+from options.constraint_option import ConstraintOptions
 
 
 def test_the_baseline_skips_what_is_done_and_tabulates_the_rest(
@@ -112,3 +113,23 @@ def test_growth_and_scaling_give_a_row_for_every_size(tmp_path: Path, monkeypatc
     small = ["--init_channels=2", "--layers=3", "--batch_size=2", "--image_size=8", "--rounds=2"]
     rates = scaling.main([*small, f"--out={tmp_path}"])["images_per_second"]
     assert {*rates} == {"1", "2"} and all(len(values) == 2 for values in rates.values())
+
+
+def test_the_sweep_skips_what_is_done_and_draws_the_rest(arguments: list[str], tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    options.save(options.parse(ConstraintOptions, arguments, "", ""), preset, "recipe")
+    common = [
+        f"--preset={preset}",
+        f"--experiments_dir={tmp_path}/experiments",
+        f"--out={tmp_path}/pareto",
+        "--seeds=1",
+    ]
+    first = pareto.main([*common, "--budgets=[3000]"])
+    weights = sorted((tmp_path / "experiments").rglob("weights_*.pt"))
+    dates = [path.stat().st_mtime_ns for path in weights]
+    second = pareto.main([*common, "--budgets=[3000, 2500]"])
+    assert [path.stat().st_mtime_ns for path in weights] == dates  # nothing was run again
+    assert [run["budget"] for run in second["runs"]] == [None, 3000, 2500]
+    assert second["runs"][:2] == first["runs"]
+    page = (tmp_path / "pareto.md").read_text()
+    assert "| 2,500 | 1 |" in page and (tmp_path / "pareto.png").stat().st_size > 10_000

@@ -105,7 +105,6 @@ def test_a_table_prices_every_architecture(space: str) -> None:
     deployed = cost.Deployed(4, 7, (13, 9), 5, 1)
     tables = cost.tables(space, 4, deployed)
     network = Network(2, 3, 3, space=space)
-    dearest = cheapest = None
     for seed in range(10):
         genotype = random_genotype(space, random.Random(seed))
         how = {"init_channels": 4, "layers": 7, "image_size": (13, 9), "num_classes": 5, "in_channels": 1}
