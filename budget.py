@@ -4,23 +4,35 @@ SNAS (Xie et al. 2019, section 2.4) adds eta E_Z[C(Z)] to the loss. C is linear 
 gradient in alpha is had in three ways, all with credit per edge.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
+import cost
 from cost import Table
 from sampling import Z
 
 Alphas = list[nn.Parameter]
 
+GAIN = 4.0  # eta for an excess as large as what the average architecture costs
+USE = 0.95  # of a budget, where a child that exceeds it has to change
+RAMP = 0.5  # part of the run in which the budget falls to its value
 
-def expectation(table: Table, alphas: Alphas, z: Z) -> Tensor:
-    """E[C] = fixed + sum_ek softmax(alpha_e)_k C_ek: the exact value, without noise; Z plays no part."""
+
+def expected(table: Table, alphas: Alphas) -> Tensor:
+    """E[C] = fixed + sum_ek softmax(alpha_e)_k C_ek."""
     parts = zip(alphas, (table.normal, table.reduce), strict=True)
     return table.fixed + torch.stack([(F.softmax(alpha, -1) * costs).sum() for alpha, costs in parts]).sum()
+
+
+def expectation(table: Table, alphas: Alphas, z: Z) -> Tensor:
+    """E[C] itself: exact, without noise; Z plays no part."""
+    return expected(table, alphas)
 
 
 def reparametrization(table: Table, alphas: Alphas, z: Z) -> Tensor:
@@ -67,27 +79,71 @@ def child_cost(table: Table, alphas: Alphas) -> Tensor:
     return table.fixed + torch.stack([costs.gather(-1, a.argmax(-1, keepdim=True)).sum() for a, costs in parts]).sum()
 
 
+@torch.no_grad()
+def project(alphas: Alphas, bounds: Sequence[tuple[Table, float]], least: float = 0.0) -> None:
+    """Change alpha as little as it takes for its child to be within all budgets: the likeliest one that is becomes it.
+
+    argmax_x sum_ek x_ek log p_ek subject to sum_ek x_ek C_ek <= B - fixed is an integer programme, solved exactly. On
+    every edge where it differs from the argmax the two logits are exchanged.
+
+    Args:
+        alphas: changed in place, and only if the child exceeds a budget.
+        bounds: (table, budget) pairs, each within the table's range.
+        least: the share of a single budget that the new child uses, if any architecture does.
+    """
+    if all(child_cost(table, alphas) <= budget for table, budget in bounds):
+        return
+    log_p = torch.cat([F.log_softmax(alpha, -1) for alpha in alphas]).double().cpu()  # (2 E, O)
+    edges, ops = log_p.shape
+    one_each = LinearConstraint(np.kron(np.eye(edges), np.ones(ops)), 1, 1)
+    found = None
+    for share in (least, 0.0) if least and len(bounds) == 1 else (0.0,):
+        rules = [one_each]
+        for table, budget in bounds:
+            costs = torch.cat([table.normal, table.reduce]).double().cpu().flatten().numpy()[None] / budget
+            fixed = table.fixed / budget
+            rules.append(LinearConstraint(costs, share - fixed if share else -np.inf, 1 - fixed))
+        found = milp(-log_p.flatten().numpy(), constraints=rules, integrality=np.ones(edges * ops), bounds=Bounds(0, 1))
+        if found.x is not None:
+            break
+    if found is None or found.x is None:
+        raise ValueError("no architecture is within all budgets")
+    chosen = torch.from_numpy(found.x).view(edges, ops).argmax(-1).to(alphas[0].device)
+    for alpha, best in zip(alphas, chosen.split([len(alpha) for alpha in alphas]), strict=True):
+        top = alpha.argmax(-1, keepdim=True)
+        wanted = best[:, None]
+        high, low = alpha.gather(-1, top), alpha.gather(-1, wanted)
+        alpha.scatter_(-1, top, low).scatter_(-1, wanted, high)
+
+
 class Constrained(nn.Module):
     """Cross-entropy + sum over measures of eta_m times a penalty: an objective of search.run_search.
 
     The penalty is (C - fixed) / U, U the same of the uniform architecture: 1 means as dear as the average of all
     operations, in every measure and for every size of network; or log2(1 + that), which is 1 there too.
 
-    Without budgets eta is fixed. With a budget B, eta is a multiplier that follows the excess: after every step,
-    eta <- max(0, eta + rate * (max(E[C], C(child)) / B - 1)). It rises while the expectation or the child
-    is above the budget and falls while both are below.
+    Without budgets eta is fixed. With a budget B, eta is a multiplier that follows the excess after every step,
+
+        eta = GAIN * max(0, E[C] - B_t) / U,
+
+    where B_t falls from the average architecture's cost to B over the first RAMP of the run, so that the search chooses
+    what it gives up. From then on alpha is projected after every epoch: where the child exceeds a budget, the likeliest
+    architecture within all of them becomes the child (one that uses a single budget up to USE). Late in a search
+    p_alpha is nearly decided and its gradients vanish, so that no eta would bring the child to where it has to be, and
+    one that adds up (an integral) has it end far below.
 
     Args:
         alphas: gives [alpha_normal, alpha_reduce].
         tables: what the architectures cost, per measure that matters, deployed as they will be.
         budgets: the largest cost allowed, per measure; those without one have the fixed eta.
         eta: the fixed weight; multipliers start at 0.
-        rate: of the multiplier, per step and relative excess.
+        steps: of the whole run; budgets need them.
         estimator: a name of ESTIMATORS.
         logarithmic: the penalty's form.
     """
 
     eta: Tensor
+    step: Tensor
 
     def __init__(
         self,
@@ -95,21 +151,36 @@ class Constrained(nn.Module):
         tables: Mapping[str, Table],
         budgets: Mapping[str, float],
         eta: float,
-        rate: float,
+        steps: int = 1,
         estimator: str = "expectation",
         logarithmic: bool = False,
     ) -> None:
         super().__init__()
-        self.alphas, self.budgets, self.rate = alphas, dict(budgets), rate
+        self.alphas, self.budgets, self.steps = alphas, dict(budgets), steps
         self.estimate, self.logarithmic = ESTIMATORS[estimator], logarithmic
-        self._tables, self._uniform = dict(tables), {measure: table.uniform() for measure, table in tables.items()}
         self._free = eta == 0.0
+        self._set_tables(tables)
         self.register_buffer("eta", torch.tensor([0.0 if measure in budgets else eta for measure in tables]))
+        self.register_buffer("step", torch.zeros(()))
+
+    def _set_tables(self, tables: Mapping[str, Table]) -> None:
+        self._tables, self._uniform = dict(tables), {measure: table.uniform() for measure, table in tables.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Constrained":
         super()._apply(fn, recurse)
         self._tables = {m: Table(t.fixed, fn(t.normal), fn(t.reduce)) for m, t in self._tables.items()}
         return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The tables: measured latencies would not be the same when a run resumes."""
+        return {m: {"fixed": t.fixed, "normal": t.normal, "reduce": t.reduce} for m, t in self._tables.items()}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take the tables of the checkpoint."""
+        device = self.eta.device
+        self._set_tables(
+            {m: Table(t["fixed"], t["normal"].to(device), t["reduce"].to(device)) for m, t in state.items()}
+        )
 
     def forward(self, logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, dict[str, Tensor]]:
         """See search.Objective."""
@@ -120,25 +191,36 @@ class Constrained(nn.Module):
             penalty = (self.estimate(table, self.alphas(), z) - table.fixed) / self._uniform[measure]
             if self.logarithmic:
                 penalty = torch.log2(1 + penalty)
-            loss = loss + self.eta[index].clone() * penalty  # a copy: eta changes before the backward pass
-            if measure in self.budgets and torch.is_grad_enabled():
-                self._adapt(index, measure, table, z)
+            loss = loss + self.eta[index] * penalty
         return loss, {}
 
     @torch.no_grad()
-    def _adapt(self, index: int, measure: str, table: Table, z: Z) -> None:
+    def after_step(self) -> None:
+        """Set the multipliers; nothing waits for the device."""
+        self.step += 1
         alphas = self.alphas()
-        worst = torch.maximum(expectation(table, alphas, z), child_cost(table, alphas))
-        self.eta[index] = (self.eta[index] + self.rate * (worst / self.budgets[measure] - 1)).clamp_min(0)
+        for index, (measure, table) in enumerate(self._tables.items()):
+            if measure not in self.budgets:
+                continue
+            budget = self.budgets[measure]
+            start = max(budget, table.fixed + self._uniform[measure])
+            limit = start + (budget - start) * (self.step / (RAMP * self.steps)).clamp_max(1)
+            self.eta[index] = (GAIN * (expected(table, alphas) - limit) / self._uniform[measure]).clamp_min(0)
+
+    @torch.no_grad()
+    def after_epoch(self) -> None:
+        """Project alpha onto the architectures within the budgets, after the first RAMP of the run."""
+        bounds = [(self._tables[measure], budget) for measure, budget in self.budgets.items()]
+        if self.step.item() >= RAMP * self.steps:
+            project(self.alphas(), bounds, USE)
 
     @torch.no_grad()
     def report(self) -> dict[str, Any]:
         """The columns of metrics.jsonl: expected cost, the child's, the budget, eta, per measure."""
         row: dict[str, Any] = {}
         alphas = self.alphas()
-        nothing = Z(alphas[0], alphas[1])
         for index, (measure, table) in enumerate(self._tables.items()):
-            row[f"cost_{measure}"] = expectation(table, alphas, nothing).item()
+            row[f"cost_{measure}"] = expected(table, alphas).item()
             row[f"child_{measure}"] = child_cost(table, alphas).item()
             if measure in self.budgets:
                 row[f"budget_{measure}"] = self.budgets[measure]
@@ -150,7 +232,7 @@ class Constrained(nn.Module):
         parts = []
         for measure in self._tables:
             child, eta = row[f"child_{measure}"], row[f"eta_{measure}"]
-            text = f"{measure} {child:,.0f} (expected {row[f'cost_{measure}']:,.0f}"
+            text = f"{measure} {cost.show(child)} (expected {cost.show(row[f'cost_{measure}'])}"
             if measure in self.budgets:
                 text += f"; {100 * (child / self.budgets[measure] - 1):+.1f} % of the budget"
             parts.append(f"{text}), eta {eta:.3f}")

@@ -1,14 +1,13 @@
 """The resource-constrained search: from its options to its objective."""
 
 import cost
+import latency
 from budget import Constrained
 from data import DataInfo
 from model_search import Network
 from options import UserError
 from options.constraint_option import LEVELS, ConstraintOptions
 from options.default_option import TrainOptions
-
-RATE = 40.0  # over a whole run, for a cost of twice the budget; see budget.Constrained
 
 
 def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Constrained:
@@ -19,6 +18,8 @@ def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Const
     """
     assert isinstance(opt, ConstraintOptions)
     tables = cost.tables(opt.space, opt.nodes, deployed(info, opt))
+    if opt.target_latency_ms is not None or opt.measure == "latency_ms":
+        tables["latency_ms"] = _latencies(info, opt)
     budgets = find_budgets(opt, tables)
     measures = list(budgets) or [opt.measure]
     steps = opt.epochs * max(1, sum(info.counts["train"]) // opt.batch_size)
@@ -27,10 +28,19 @@ def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Const
         {measure: tables[measure] for measure in measures},
         budgets,
         opt.eta,
-        RATE / steps,
+        steps,
         opt.estimator,
         opt.penalty == "log",
     )
+
+
+def _latencies(info: DataInfo, opt: ConstraintOptions) -> cost.Table:
+    """Measured on this machine, or found in cache_dir; with a note where the sum over operations says too little."""
+    found = latency.find(opt.space, opt.nodes, deployed(info, opt), opt.cache_dir)
+    print(f"latency  {found.summary()}")
+    if found.correlation < 0.7:
+        print("note: that is a poor prediction; measure again on a quiet machine (remove latency-*.json in cache_dir)")
+    return found.table(opt.space, opt.nodes, deployed(info, opt))
 
 
 def deployed(info: DataInfo, opt: ConstraintOptions) -> cost.Deployed:
@@ -55,8 +65,9 @@ def find_budgets(opt: ConstraintOptions, tables: dict[str, cost.Table]) -> dict[
         if not low <= budget < high:
             what = "below the cheapest" if budget < low else "not below the dearest"
             raise UserError(
-                f"--target_{measure} {budget:,.0f} is {what} architecture of this size; children here have "
-                f"{low:,.0f} to {high:,.0f}, {tables[measure].fixed + tables[measure].uniform():,.0f} on average; "
+                f"--target_{measure} {cost.show(budget)} is {what} architecture of this size; children here have "
+                f"{cost.show(low)} to {cost.show(high)}, "
+                f"{cost.show(tables[measure].fixed + tables[measure].uniform())} on average; "
                 "--child_init_channels and --child_layers change that"
             )
     if opt.level != "none":

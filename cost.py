@@ -8,7 +8,7 @@
 `count_params` and `count_flops` count a network that is built, and tests hold the formulas against them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -169,9 +169,15 @@ class Deployed:
 
     def op(self, plan: CellPlan, last: Size, op: str, source: int) -> Cost:
         """An operation on an edge that leaves state `source` of a cell whose c_{k-1} has size `last`."""
-        stride = 2 if plan.reduction and source < 2 else 1
-        size = shrink(last, 2) if plan.reduction and source >= 2 else last
+        size, stride = edge_place(plan, last, source)
         return op_cost(op, plan.channels, size, stride, self.affine)
+
+
+def edge_place(plan: CellPlan, last: Size, source: int) -> tuple[Size, int]:
+    """Size of the input and stride of an edge that leaves state `source` of a cell whose c_{k-1} has size `last`."""
+    if not plan.reduction:
+        return last, 1
+    return (last, 2) if source < 2 else (shrink(last, 2), 1)
 
 
 def cost(
@@ -221,17 +227,42 @@ class Table:
         return torch.cat([self.normal, self.reduce]).mean(-1).sum().item()
 
 
+def table(
+    space: str, nodes: int, deployed: Deployed, fixed: float, price: Callable[[CellPlan, Size, str, int], float]
+) -> Table:
+    """A Table of any measure that adds up over operations.
+
+    Args:
+        fixed: what every architecture costs.
+        price: (cell, size of the input, op, stride) -> what the operation costs there.
+    """
+    edges = edge_list(nodes)
+    parts = [torch.zeros(len(edges), len(SPACES[space])) for _ in range(2)]
+    for plan, _, last in deployed.places((nodes, nodes)):
+        for e, (_, source) in enumerate(edges):
+            size, stride = edge_place(plan, last, source)
+            for o, op in enumerate(SPACES[space]):
+                parts[plan.reduction][e, o] += price(plan, size, op, stride)
+    return Table(fixed, *parts)
+
+
 def tables(space: str, nodes: int, deployed: Deployed) -> dict[str, Table]:
     """A Table per measure for the architectures of a space, deployed as given."""
-    concat, edges = (nodes, nodes), edge_list(nodes)
-    fixed = deployed.fixed(concat).to_dict()
-    parts = {m: [torch.zeros(len(edges), len(SPACES[space])) for _ in range(2)] for m in MEASURES}
-    for plan, _, last in deployed.places(concat):
-        for e, (_, source) in enumerate(edges):
-            for o, op in enumerate(SPACES[space]):
-                for measure, value in deployed.op(plan, last, op, source).to_dict().items():
-                    parts[measure][plan.reduction][e, o] += value
-    return {m: Table(fixed[m], *parts[m]) for m in MEASURES}
+    fixed = deployed.fixed((nodes, nodes)).to_dict()
+
+    def of(measure: str) -> Table:
+        def price(plan: CellPlan, size: Size, op: str, stride: int) -> float:
+            value: int = getattr(op_cost(op, plan.channels, size, stride, deployed.affine), measure)
+            return value
+
+        return table(space, nodes, deployed, fixed[measure], price)
+
+    return {measure: of(measure) for measure in MEASURES}
+
+
+def show(value: float) -> str:
+    """A cost for people: counts in full, small numbers with three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def count_params(module: nn.Module) -> int:

@@ -1,7 +1,6 @@
 """A trained child as a file that runs without this repository, checked, timed and described."""
 
 import json
-import platform
 import statistics
 import subprocess
 import time
@@ -219,18 +218,8 @@ def _latency(predict: Predict, image: np.ndarray[Any, Any], kind: str) -> dict[s
         "n": len(times),
         "batch": 1,
         "runtime": "onnxruntime" if kind == "onnx" else "torch.export, eager",
-        "device": f"{_processor()}, threads: {torch.get_num_threads()}",
+        "device": f"{utils.processor()}, threads: {torch.get_num_threads()}",
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.exists())
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

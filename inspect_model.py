@@ -92,6 +92,7 @@ def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
 def _report(
     content: dict[str, Any], run: TrainOptions, alphas: list[Any], genotype: "Genotype", costs: dict[str, int]
 ) -> None:
+    import cost
     import sampling
 
     info, row = content["data"], content["metrics"]
@@ -120,10 +121,10 @@ def _report(
     )
     for measure in (name.removeprefix("cost_") for name in row if name.startswith("cost_")):
         budget = row.get(f"budget_{measure}")
+        within = f", budget {cost.show(budget)}" if budget else ""
         print(
-            f"resources   {measure} of the child as deployed {row[f'child_{measure}']:,.0f}, expected "
-            f"{row[f'cost_{measure}']:,.0f}{f', budget {budget:,.0f}' if budget else ''}; "
-            f"eta {row[f'eta_{measure}']:.4f}"
+            f"resources   {measure} of the child as deployed {cost.show(row[f'child_{measure}'])}, expected "
+            f"{cost.show(row[f'cost_{measure}'])}{within}; eta {row[f'eta_{measure}']:.4f}"
         )
 
 

@@ -31,8 +31,14 @@ Objective = Callable[[Tensor, Tensor, Z], tuple[Tensor, Terms]]
 
 
 @runtime_checkable
-class Reporting(Protocol):
-    """An objective that has columns of metrics.jsonl of its own."""
+class Adaptive(Protocol):
+    """An objective that follows the search and has columns of metrics.jsonl of its own."""
+
+    def after_step(self) -> None:
+        """Called after every update."""
+
+    def after_epoch(self) -> None:
+        """Called after an epoch's training, before its evaluation; may change alpha."""
 
     def report(self) -> dict[str, Any]:
         """The columns, at the end of an epoch."""
@@ -108,6 +114,8 @@ def search_step(
         logits = learner.network(images, z)
     loss, terms = learner.objective(logits, targets, z)
     engine.update(loss, [(learner.theta_optimizer, opt.grad_clip), (learner.alpha_optimizer, opt.arch_grad_clip)])
+    if isinstance(learner.objective, Adaptive):
+        learner.objective.after_step()
     return logits, loss, terms
 
 
@@ -165,8 +173,10 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
 def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     start = time.perf_counter()
     row = _train_epoch(run, learner, epoch)
+    if isinstance(learner.objective, Adaptive):
+        learner.objective.after_epoch()
     row |= _evaluate_epoch(run, learner, epoch, row["temperature"])
-    if isinstance(learner.objective, Reporting):
+    if isinstance(learner.objective, Adaptive):
         row |= learner.objective.report()
     return row | {"epoch_seconds": time.perf_counter() - start}
 
@@ -217,7 +227,7 @@ def evaluate_z(run: Run, network: Network, z: Z, epoch: int, split: str = "valid
 
 def summarise(row: Mapping[str, Any], objective: Objective) -> str:
     """One epoch for people."""
-    more = f"\n           {objective.summary(row)}" if isinstance(objective, Reporting) else ""
+    more = f"\n           {objective.summary(row)}" if isinstance(objective, Adaptive) else ""
     return (
         f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  train {row['train_acc']:5.2f} %  "
         f"valid {row['valid_acc']:5.2f} %  child {row['child_valid_acc']:5.2f} % "

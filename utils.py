@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name} cannot be used here; try --device cpu") from None
     return device
+
+
+def processor() -> str:
+    """The name of this machine's processor, as far as it can be known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import utils
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -22,20 +24,12 @@ def describe(command: str) -> dict[str, Any]:
     return {
         "command": command,
         "commit": git.stdout.strip() or None,
-        "processor": _processor(),
+        "processor": utils.processor(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -24,6 +24,8 @@ class ConstraintOptions(TrainOptions):
     """Budget: multiply-adds an image."""
     target_mac: PositiveFloat | None = None
     """Budget: elements read and written an image (memory access cost)."""
+    target_latency_ms: PositiveFloat | None = None
+    """Budget: milliseconds an image on this machine through onnxruntime, measured before the search and kept."""
     level: Literal["none", "mild", "moderate", "aggressive"] = "none"
     """Budget on --measure as a share of what the average architecture may cost: 80, 55 or 30 % above the fixed part."""
     child_init_channels: PositiveInt | None = None
@@ -33,7 +35,7 @@ class ConstraintOptions(TrainOptions):
     child_image_size: PositiveInt | None = None
     """Side in pixels of the deployed child's images; default: that of the search."""
 
-    measure: Literal["params", "flops", "mac"] = "params"
+    measure: Literal["params", "flops", "mac", "latency_ms"] = "params"
     """What --level and --eta are about."""
     eta: NonNegativeFloat = 0.1
     """Without a budget, the fixed weight of the penalty; an average architecture has a penalty of 1. 0 is main.py."""
@@ -44,7 +46,7 @@ class ConstraintOptions(TrainOptions):
 
     def targets(self) -> dict[str, float]:
         """The budgets given as numbers, by measure."""
-        given = {measure: getattr(self, f"target_{measure}") for measure in ("params", "flops", "mac")}
+        given = {measure: getattr(self, f"target_{measure}") for measure in ("params", "flops", "mac", "latency_ms")}
         return {measure: value for measure, value in given.items() if value is not None}
 
     def check(self) -> None:

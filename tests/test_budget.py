@@ -111,9 +111,7 @@ def test_an_average_architecture_has_a_penalty_of_one(measure: str, logarithmic:
     alphas = [nn.Parameter(torch.zeros(14, 8)) for _ in range(2)]
     for deployed in (DEPLOYED, cost.Deployed(16, 8, (32, 32), 10)):
         tables = {measure: cost.tables("snas", 4, deployed)[measure]}
-        plain, dear = (
-            Constrained(lambda: alphas, tables, {}, eta, 0.0, logarithmic=logarithmic) for eta in (0.0, 0.25)
-        )
+        plain, dear = (Constrained(lambda: alphas, tables, {}, eta, logarithmic=logarithmic) for eta in (0.0, 0.25))
         logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
         z = Z(*(a.detach() for a in alphas))
         assert (dear(logits, targets, z)[0] - plain(logits, targets, z)[0]).item() == pytest.approx(0.25, rel=1e-5)
@@ -123,7 +121,7 @@ def test_an_average_architecture_has_a_penalty_of_one(measure: str, logarithmic:
 def test_the_gradient_of_the_penalty_moves_alpha_away_from_what_is_dear(name: str) -> None:
     torch.manual_seed(0)
     network = Network(4, 3, 3)
-    objective = Constrained(network.alphas, {"params": cost.tables("snas", 4, DEPLOYED)["params"]}, {}, 3.0, 0.0, name)
+    objective = Constrained(network.alphas, {"params": cost.tables("snas", 4, DEPLOYED)["params"]}, {}, 3.0, 1, name)
     before = child_and_expected(objective)[1]
     optimizer = torch.optim.SGD(network.alphas(), 3.0)
     for _ in range(60):
@@ -145,7 +143,7 @@ def test_a_finite_difference_of_the_loss_agrees_with_its_gradient() -> None:
     alphas = [nn.Parameter(torch.randn(14, 8, dtype=torch.float64)) for _ in range(2)]
     table = cost.tables("snas", 4, DEPLOYED)["flops"]
     table = Table(table.fixed, table.normal.double(), table.reduce.double())
-    objective = Constrained(lambda: alphas, {"flops": table}, {}, 0.7, 0.0, logarithmic=True)
+    objective = Constrained(lambda: alphas, {"flops": table}, {}, 0.7, logarithmic=True)
     z, logits = Z(*(a.detach() for a in alphas)), torch.zeros(2, 3, dtype=torch.float64)
 
     def loss() -> Tensor:
@@ -163,25 +161,88 @@ def test_a_finite_difference_of_the_loss_agrees_with_its_gradient() -> None:
     assert gradient[0, 5] > 0 > gradient[7, 0]
 
 
-def test_the_multiplier_rises_above_the_budget_and_falls_below_it() -> None:
+def followed(budget_of_average: float, steps: int, shift: Tensor | None = None) -> tuple[Constrained, list[float]]:
+    """eta after each of `steps` steps of a run of 10 in which alpha stays where it is."""
+    torch.manual_seed(0)
     network = Network(4, 3, 3)
+    if shift is not None:
+        with torch.no_grad():
+            network.alpha_normal += shift
+            network.alpha_reduce += shift
     tables = {"params": cost.tables("snas", 4, DEPLOYED)["params"]}
-    z, logits, targets = network.sample(1.0), torch.zeros(2, 3), torch.tensor([0, 1])
-    expected = tables["params"].fixed + tables["params"].uniform()
-    tight = Constrained(network.alphas, tables, {"params": 0.5 * expected}, 0.0, 0.1)
+    average = tables["params"].fixed + tables["params"].uniform()
+    objective, etas = Constrained(network.alphas, tables, {"params": budget_of_average * average}, 0.0, 10), []
+    for _ in range(steps):
+        objective.after_step()
+        etas.append(objective.report()["eta"])
+    return objective, etas
+
+
+def test_the_multiplier_starts_gently_and_rises_above_the_budget() -> None:
+    """By hand: the budget falls to half the average in 5 of 10 steps, and so does what eta follows."""
+    objective, etas = followed(0.5, 10)
+    table = objective._tables["params"]
+    half = 0.5 * (table.fixed + table.uniform())
+    wanted = [budget.GAIN * half * min(1, step / 5) / table.uniform() for step in range(1, 11)]
+    assert etas == pytest.approx(wanted, rel=1e-3)  # alpha starts near 0, not at it
+
+
+def test_the_multiplier_is_zero_below_the_budget_and_resumes_on_its_way() -> None:
+    cheap = torch.tensor([0.0, 0, 0, 20, 0, 0, 0, 0])  # skip_connect
+    assert followed(0.9, 6, cheap)[1] == [0.0] * 6
+    whole, parts = followed(0.5, 5)[0], followed(0.5, 2)[0]
+    again = followed(0.5, 0)[0]
+    again.load_state_dict(parts.state_dict())
     for _ in range(3):
-        tight(logits, targets, z)
-    assert tight.report()["eta"] >= 3 * 0.1 * 0.9
-    state = tight.state_dict()
-    loose = Constrained(network.alphas, tables, {"params": 100 * expected}, 0.0, 0.1)
-    loose.load_state_dict(state)
-    etas = []
-    for _ in range(5):
-        loose(logits, targets, z)
-        etas.append(loose.report()["eta"])
-    assert etas == sorted(etas, reverse=True) and etas[-1] == 0.0
-    with torch.no_grad():
-        loose(logits, targets, z)
+        again.after_step()
+    assert torch.equal(again.eta, whole.eta) and again.eta > parts.eta
+
+
+def brute_force(table: Table, alphas: list[nn.Parameter], limit: float, least: float) -> list[int]:
+    """The likeliest architecture within a limit that uses `least` of it, by looking at all."""
+    log_p, costs = torch.cat([a.detach().log_softmax(-1) for a in alphas]), torch.cat([table.normal, table.reduce])
+    rows = range(len(log_p))
+
+    def cost_of(choice: tuple[int, ...]) -> float:
+        return table.fixed + float(sum(costs[e, k] for e, k in zip(rows, choice, strict=True)))
+
+    fitting = [c for c in itertools.product(range(3), repeat=len(log_p)) if cost_of(c) <= limit]
+    fitting = [c for c in fitting if cost_of(c) >= least * limit] or fitting
+    return list(max(fitting, key=lambda c: float(sum(log_p[e, k] for e, k in zip(rows, c, strict=True)))))
+
+
+@pytest.mark.parametrize("least", [0.0, 0.95, 0.9999])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.95])
+def test_the_projection_makes_the_likeliest_architecture_within_the_budget_the_child(
+    share: float, least: float
+) -> None:
+    table = small_table()
+    for seed in range(5):
+        source = torch.Generator().manual_seed(seed)
+        alphas = [nn.Parameter(torch.randn(2, 3, generator=source, dtype=torch.float64)) for _ in range(2)]
+        before = [a.detach().clone() for a in alphas]
+        low, high = table.range()
+        limit = low + share * (child_cost(table, alphas).item() - low)
+        wanted = brute_force(table, alphas, limit, least)
+        budget.project(alphas, [(table, limit)] if least else [(table, limit), (table, high)], least)
+        assert torch.cat([a.argmax(-1) for a in alphas]).tolist() == wanted
+        assert child_cost(table, alphas) <= limit
+        assert all(torch.equal(a.sort(-1).values, b.sort(-1).values) for a, b in zip(alphas, before, strict=True))
+        after = [a.detach().clone() for a in alphas]
+        budget.project(alphas, [(table, limit)])  # within: nothing to do
+        assert all(map(torch.equal, alphas, after))
+
+
+def test_a_projection_keeps_all_budgets_of_the_real_space() -> None:
+    torch.manual_seed(0)
+    alphas = [nn.Parameter(torch.randn(14, 8)) for _ in range(2)]
+    tables = cost.tables("snas", 4, cost.Deployed(16, 8, (32, 32), 10))
+    bounds = [(t, t.fixed + share * t.uniform()) for t, share in zip(tables.values(), (0.5, 0.8, 0.6), strict=True)]
+    budget.project(alphas, bounds)
+    assert all(child_cost(table, alphas) <= limit for table, limit in bounds)
+    assert max(child_cost(table, alphas).item() / limit for table, limit in bounds) > 0.97  # and uses them
+    budget.project(alphas, [(t, t.fixed) for t in tables.values()])  # the least there is: no operations
+    assert all(child_cost(t, alphas) == t.fixed for t in tables.values())
 
 
 def test_the_child_cost_is_that_of_the_derived_genotype() -> None:

@@ -12,7 +12,7 @@ LAYERS = [
     {"operations"},
     {"data", "model_search", "model", "visualize"},
     {"cost", "checkpoint", "report"},
-    {"experiment", "child", "budget"},
+    {"experiment", "child", "budget", "latency"},
     {"engine"},
     {"search", "retraining", "exporting", "constraining"},
     {"main", "main_constraint", "inspect_model", "retrain", "export_model"},

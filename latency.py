@@ -1,0 +1,256 @@
+"""Milliseconds of a child, predicted from its operations: a table measured on this machine through onnxruntime.
+
+Latency is not a sum over operations, but close to one: every operation is timed alone, at each of its places, and a
+line is fitted to whole children,
+
+    latency(child) = fixed + scale * sum of its operations' milliseconds,
+
+with what it leaves unexplained reported. Tables are kept in cache_dir under the device's name.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import correlation, linear_regression, median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cost
+import genotypes
+import utils
+from cost import Deployed, Table
+from genotypes import NONE, CellPlan, Genotype
+from model import ChildNetwork
+from operations import make_op
+from options import UserError
+
+_FORMAT = 1
+_COPIES = 8  # of an operation in its session, which shares the cost of a call among them
+_CHILDREN = 12  # whole networks to fit and check the sum on
+_ROUNDS = 7  # every session in turn; the median of its rounds counts
+Place = tuple[str, int, int, int, int]  # op, channels, H, W of its input, stride
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What was measured: milliseconds of every operation at each place, and how they add up to a child's.
+
+    correlation and error (the mean of |predicted / measured - 1|) are over whole random children, each predicted by
+    a line fitted to the others.
+    """
+
+    device: str
+    ops: dict[str, float]  # "op C HxW/stride"
+    fixed: float
+    scale: float
+    correlation: float
+    error: float
+    children: list[tuple[float, float]]  # (sum of operations, measured)
+
+    def op(self, name: str, channels: int, size: cost.Size, stride: int) -> float:
+        """Milliseconds that an operation adds to a child."""
+        return 0.0 if name == NONE else self.scale * self.ops[_key((name, channels, *size, stride))]
+
+    def table(self, space: str, nodes: int, deployed: Deployed) -> Table:
+        """The latency of every choice, in milliseconds."""
+        return cost.table(
+            space, nodes, deployed, self.fixed, lambda plan, size, op, stride: self.op(op, plan.channels, size, stride)
+        )
+
+    def summary(self) -> str:
+        """How far it can be trusted, in a line."""
+        return (
+            f"{len(self.ops)} operations timed on {self.device}; over {len(self.children)} whole children the sum has "
+            f"correlation {self.correlation:.3f} and an error of {100 * self.error:.1f} % with what was measured"
+        )
+
+
+def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | Path) -> Latencies:
+    """The latencies of a space at this size on this machine: from cache_dir, or measured now (a minute or two).
+
+    Raises:
+        UserError: onnxruntime is missing.
+    """
+    device = f"{utils.processor()}, {torch.get_num_threads()} threads, onnxruntime {_onnxruntime().__version__}"
+    what = {"format": _FORMAT, "device": device, "space": space, "nodes": nodes, **asdict(deployed)}
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    path = Path(cache_dir).expanduser() / f"latency-{name}.json"
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return Latencies(**stored["latencies"])
+        except (ValueError, KeyError, TypeError):
+            print(f"note: {path} is damaged; measuring anew")
+    found = measure(space, nodes, deployed, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    utils.write_atomic(path, json.dumps({"of": what, "latencies": asdict(found)}, indent=1) + "\n")
+    return found
+
+
+def measure(space: str, nodes: int, deployed: Deployed, device: str) -> Latencies:
+    """Time every operation at each of its places and a few whole children, all in turns."""
+    places = _places(space, nodes, deployed)
+    source = random.Random(0)
+    children = [genotypes.random_genotype(space, source, nodes) for _ in range(_CHILDREN)]
+    calls = [session(nn.ReLU(), _noise(1, (8, 8)))]  # what a call costs
+    bar = tqdm(total=len(places) + len(children), desc="latency", unit="network", leave=False, disable=None)
+    with bar, torch.random.fork_rng(devices=[]):
+        for op, channels, height, width, stride in places:
+            states = [_noise(channels, (height, width)) for _ in range(_COPIES)]
+            calls.append(session(_Copies(op, channels, stride), *states))
+            bar.update()
+        for genotype in children:
+            network = ChildNetwork(
+                genotype,
+                deployed.init_channels,
+                deployed.num_classes,
+                deployed.layers,
+                stem=deployed.stem,
+                affine=deployed.affine,
+                in_channels=deployed.in_channels,
+            )
+            calls.append(session(_Logits(network), _noise(deployed.in_channels, deployed.image_size)))
+            bar.update()
+    call, *times = _milliseconds(calls)
+    ops = {_key(place): max(0.0, t - call) / _COPIES for place, t in zip(places, times, strict=False)}
+    sums = [_sum(ops, deployed, genotype) for genotype in children]
+    return fit(device, ops, sums, times[len(places) :])
+
+
+def fit(device: str, ops: Mapping[str, float], sums: Sequence[float], measured: Sequence[float]) -> Latencies:
+    """The line from sums of operations to whole children, and how well it predicts those left out of it."""
+    predicted = []
+    for index, total in enumerate(sums):
+        line = linear_regression(_without(sums, index), _without(measured, index))
+        predicted.append(line.intercept + line.slope * total)
+    line = linear_regression(sums, measured)
+    error = sum(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)) / len(measured)
+    return Latencies(
+        device,
+        dict(ops),
+        line.intercept,
+        line.slope,
+        correlation(predicted, measured),
+        error,
+        list(zip(sums, measured, strict=True)),
+    )
+
+
+def _without(values: Sequence[float], index: int) -> list[float]:
+    return [*values[:index], *values[index + 1 :]]
+
+
+def session(module: nn.Module, *inputs: Tensor) -> Callable[[], Any]:
+    """The module under onnxruntime, as a call on these inputs.
+
+    Raises:
+        UserError: onnxruntime is missing.
+    """
+    runtime = _onnxruntime()
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.log_severity_level = 3
+    names = [f"input{index}" for index in range(len(inputs))]
+    program = torch.onnx.export(module.eval(), inputs, dynamo=True, input_names=names, verbose=False)
+    assert program is not None
+    model = program.model_proto.SerializeToString()
+    loaded = runtime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    feed: dict[str, np.ndarray[Any, Any]] = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+    return lambda: loaded.run(None, feed)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ImportError as error:
+        raise UserError(f"a budget on latency needs {error.name}: pip install -r requirements-export.txt") from None
+    return onnxruntime
+
+
+class _Copies(nn.Module):
+    """The sum of _COPIES operations of the same kind, as at a node; each has its own input, or some would be merged."""
+
+    def __init__(self, op: str, channels: int, stride: int) -> None:
+        super().__init__()
+        self.ops = nn.ModuleList(make_op(op, channels, stride, affine=True) for _ in range(_COPIES))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """_COPIES times (1, C, H, W) -> (1, C, H, W), or half the size."""
+        total: Tensor = self.ops[0](inputs[0])
+        for op, x in zip(self.ops[1:], inputs[1:], strict=True):
+            total = total + op(x)
+        return total
+
+
+class _Logits(nn.Module):
+    """A child without the auxiliary output."""
+
+    def __init__(self, network: ChildNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(1, C, H, W) -> (1, classes)."""
+        logits: Tensor = self.network(images)[0]
+        return logits
+
+
+def _noise(channels: int, size: cost.Size) -> Tensor:
+    return torch.rand(1, channels, *size)
+
+
+def _milliseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.03) -> list[float]:
+    """Of one call of each, the median of _ROUNDS rounds of at least `seconds`, in turns."""
+    repeats = []
+    for call in calls:
+        for _ in range(5):
+            call()
+        start = perf_counter()
+        call()
+        repeats.append(max(3, round(seconds / max(1e-6, perf_counter() - start))))
+    rounds: list[list[float]] = [[] for _ in calls]
+    for _ in range(_ROUNDS):
+        for times, call, count in zip(rounds, calls, repeats, strict=True):
+            start = perf_counter()
+            for _ in range(count):
+                call()
+            times.append(1000 * (perf_counter() - start) / count)
+    return [median(times) for times in rounds]
+
+
+def _key(place: Place) -> str:
+    op, channels, height, width, stride = place
+    return f"{op} {channels} {height}x{width}/{stride}"
+
+
+def _places(space: str, nodes: int, deployed: Deployed) -> list[Place]:
+    """Every operation with each channels, size and stride that it has in some architecture."""
+    found: dict[Place, None] = {}
+
+    def price(plan: CellPlan, size: cost.Size, op: str, stride: int) -> float:
+        if op != NONE:
+            found[op, plan.channels, *size, stride] = None
+        return 0.0
+
+    cost.table(space, nodes, deployed, 0.0, price)
+    return list(found)
+
+
+def _sum(ops: Mapping[str, float], deployed: Deployed, genotype: Genotype) -> float:
+    """Milliseconds of a genotype's operations, each alone."""
+    total = 0.0
+    for plan, _, last in deployed.places((len(genotype.normal_concat), len(genotype.reduce_concat))):
+        for node in genotype.reduce if plan.reduction else genotype.normal:
+            for op, source in node:
+                size, stride = cost.edge_place(plan, last, source)
+                total += ops[_key((op, plan.channels, *size, stride))]
+    return total
