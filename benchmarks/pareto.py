@@ -17,6 +17,7 @@ from typing import Any, Literal
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 import checkpoint
+import cost
 import experiment
 import main_constraint
 import options
@@ -29,7 +30,7 @@ from options.constraint_option import ConstraintOptions
 class ParetoOptions:
     """What is swept."""
 
-    measure: Literal["params", "flops", "mac"] = "params"
+    measure: Literal["params", "flops", "mac", "latency_ms"] = "params"
     """What the budgets are about."""
     budgets: list[PositiveFloat] = field(default_factory=lambda: [45_000.0, 70_000.0, 100_000.0])
     """Budgets."""
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
     """The last row of metrics of one search, run now if it is not finished; a finished one must be of this recipe."""
-    name = f"pareto_{opt.measure}_{'free' if budget is None else f'{budget:.0f}'}_{seed}"
+    name = f"pareto_{opt.measure}_{'free' if budget is None else f'{budget:.6g}'}_{seed}"
     argv = ["--config", opt.preset, *opt.options, "--name", name, "--experiments_dir", opt.experiments_dir]
     argv += ["--seed", str(seed), "--measure", opt.measure, "--resume", "True"]
     argv += ["--eta", "0"] if budget is None else [f"--target_{opt.measure}", str(budget)]
@@ -100,11 +101,11 @@ def _groups(result: dict[str, Any]) -> list[tuple[float | None, list[dict[str, A
 def _markdown(result: dict[str, Any], picture: str) -> str:
     rows = []
     for budget, runs in _groups(result):
-        children = ", ".join(f"{run['child']:,.0f}" for run in runs)
+        children = ", ".join(cost.show(run["child"]) for run in runs)
         used = "-" if budget is None else ", ".join(f"{100 * run['child'] / budget:.1f} %" for run in runs)
         accuracies = [run["child_valid_acc"] for run in runs]
         spread = f" (sd {statistics.stdev(accuracies):.2f})" if len(runs) > 1 else ""
-        shown = "none" if budget is None else f"{budget:,.0f}"
+        shown = "none" if budget is None else cost.show(budget)
         rows.append([shown, len(runs), children, used, f"{statistics.mean(accuracies):.2f} %{spread}"])
     head = [f"budget, {result['measure']}", "n", "the children", "of the budget", "child accuracy, mean"]
     about = result["machine"]
@@ -120,12 +121,13 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy of every child over its cost, budgets as lines."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         raise options.UserError("the picture needs matplotlib: pip install -r requirements-dev.txt") from None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for number, (budget, runs) in enumerate(_groups(result)):
-        color, label = f"C{number}", "no budget" if budget is None else f"budget {budget:,.0f}"
+        color, label = f"C{number}", "no budget" if budget is None else f"budget {cost.show(budget)}"
         axes.scatter(
             [r["child"] for r in runs], [r["child_valid_acc"] for r in runs], color=color, label=label, zorder=3
         )
@@ -133,7 +135,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
             axes.axvline(budget, color=color, linestyle="--", linewidth=1)
     axes.set_xlabel(f"{result['measure']} of the derived child")
     axes.set_ylabel("validation accuracy of the child, %")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

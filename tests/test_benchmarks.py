@@ -8,7 +8,17 @@ from test_retrain import searched  # noqa: F401
 
 import options
 import retrain
-from benchmarks import first_step, growth, input_pipeline, machine, pareto, random_baseline, scaling, search_step
+from benchmarks import (
+    estimators,
+    first_step,
+    growth,
+    input_pipeline,
+    machine,
+    pareto,
+    random_baseline,
+    scaling,
+    search_step,
+)
 from genotypes import random_genotype
 from options import UserError
 from options.child_option import ChildOptions
@@ -133,3 +143,15 @@ def test_the_sweep_skips_what_is_done_and_draws_the_rest(arguments: list[str], t
     assert second["runs"][:2] == first["runs"]
     page = (tmp_path / "pareto.md").read_text()
     assert "| 2,500 | 1 |" in page and (tmp_path / "pareto.png").stat().st_size > 10_000
+
+
+def test_the_estimators_are_compared_on_the_exact_gradient(tmp_path: Path) -> None:
+    rows = estimators.main(["--draws=200", "--temperatures=[1.0, 0.1]", f"--out={tmp_path}"])["rows"]
+    figures = {(r["alpha"], r["estimator"], r["temperature"]): r for r in rows}
+    assert figures["undecided", "expectation", None]["noise"] == 0
+    assert (
+        figures["decided", "policy_gradient", 1.0]["bias"] < 0.3 < figures["decided", "policy_gradient", 1.0]["noise"]
+    )
+    relaxed = [figures["decided", "reparametrization", t]["noise"] for t in (1.0, 0.1)]
+    assert relaxed[0] < relaxed[1]
+    assert "| undecided | expectation | - | 0.000 | 0.00 |" in performance(tmp_path, "estimators")[1]
