@@ -13,7 +13,7 @@ from tqdm import tqdm
 import experiment
 import utils
 from experiment import Run, Stateful
-from operations import Norm, frozen_statistics
+from operations import Norm
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Step = tuple[Tensor, Tensor, Mapping[str, Tensor]]  # logits (B, classes), loss, further scalars
@@ -145,16 +145,22 @@ def update(loss: Tensor, optimizers: Iterable[tuple[torch.optim.Optimizer, float
         optimizer.step()
 
 
-def train_epoch(run: Run, epoch: int, step: Callable[[int, Tensor, Tensor], Step]) -> dict[str, Any]:
-    """Every training batch of an epoch through `step`, with a bar.
+_GUESS_AFTER = 4  # steps
+
+
+def train_epoch(
+    run: Run, epoch: int, step: Callable[[int, Tensor, Tensor], Step], evaluated: float = 0.0
+) -> dict[str, Any]:
+    """Every training batch of an epoch through `step`, with a bar; a guess of the run's duration after a few.
 
     Args:
         step: (number of the step in the whole run from 0, images, targets) -> logits, loss, further scalars.
+        evaluated: images an epoch that are only run forward, a third of a step each; for the guess.
     Returns:
         train_loss, train_acc, the further scalars (means over images), images_per_second.
     """
     steps = run.data.steps(run.opt.batch_size)
-    mean, seen, start = Mean(), 0, time.perf_counter()
+    mean, seen, start, first = Mean(), 0, time.perf_counter(), 0.0
     batches = run.data.train_batches(run.opt.batch_size, epoch, run.device)
     with tqdm(batches, f"epoch {epoch}/{run.opt.epochs}", steps, unit="step", leave=False, disable=None) as bar:
         for index, (images, targets) in enumerate(bar):
@@ -166,34 +172,15 @@ def train_epoch(run: Run, epoch: int, step: Callable[[int, Tensor, Tensor], Step
                 now = mean.values()
                 experiment.check_finite(run, "train_loss", now["train_loss"], epoch)
                 bar.set_postfix(loss=f"{now['train_loss']:.3f}", acc=f"{now['train_acc']:.1f}")
+            if epoch == run.started + 1 and index in (0, min(_GUESS_AFTER, steps - 1)):
+                loss.item()  # waits for the device
+                now_at = time.perf_counter()
+                if index:
+                    each = (now_at - first) / index  # the first one warms up
+                    rest = (run.opt.epochs - run.epoch) * each * (steps + 0.35 * evaluated / run.opt.batch_size)
+                    tqdm.write(f"time     about {experiment.duration(rest)} (guessed from {index} steps)")
+                first = now_at
     return {**mean.values(), "images_per_second": seen / (time.perf_counter() - start)}
-
-
-def estimate_seconds(
-    run: Run, network: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], evaluated: float
-) -> float:
-    """Seconds that the rest of the run will take, guessed from a few steps that leave no trace.
-
-    Args:
-        network: what is trained.
-        loss_of: (images, targets) -> loss of the network.
-        evaluated: images an epoch that are only run forward, a third of a step each.
-    """
-    images, targets = next(run.data.train_batches(run.opt.batch_size, 0, run.device))
-    size, seconds = 2, 0.0
-    network.train()
-    with frozen_statistics(network):
-        for attempt in range(3):  # the first warms up; then the whole batch where it is fast
-            start = time.perf_counter()
-            loss = loss_of(images[:size], targets[:size])
-            loss.backward()
-            loss.item()  # waits for the device
-            seconds = (time.perf_counter() - start) / len(targets[:size])
-            if attempt and (size == run.opt.batch_size or seconds * run.opt.batch_size > 1.0):
-                break
-            size = run.opt.batch_size if attempt else min(8, run.opt.batch_size)
-    network.zero_grad()
-    return (run.opt.epochs - run.epoch) * seconds * (len(run.data.indices["train"]) + 0.35 * evaluated)
 
 
 def fit(

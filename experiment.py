@@ -56,6 +56,7 @@ class Run:
     device: torch.device
     data: data.Data
     epoch: int = 0  # the last finished one
+    started: int = 0  # the last finished one when this process began
     loaded: Mapping[str, Any] | None = None  # the checkpoint it goes on from
     extra: dict[str, Any] = field(default_factory=dict)  # plain containers to keep in the checkpoints
 
@@ -113,7 +114,8 @@ def open_run(
         raise UserError(f"--experiments_dir {opt.experiments_dir} cannot be written: {error.strerror}") from None
     options.save(opt, folder / "options.yaml", f"python {Path(sys.argv[0]).name} --config {folder}/options.yaml")
     data.write_split(folder / "split.json", run_data, opt)
-    return Run(opt, stem, folder, device, run_data, loaded["epoch"] if loaded else 0, loaded)
+    epoch = loaded["epoch"] if loaded else 0
+    return Run(opt, stem, folder, device, run_data, epoch, epoch, loaded)
 
 
 def _check_free(folder: Path) -> None:
@@ -159,13 +161,12 @@ def supernet_cost(opt: TrainOptions, info: data.DataInfo) -> dict[str, int]:
     return cost.supernet_cost(opt.space, opt.nodes, deployed)
 
 
-def announce(run: Run, costs: Mapping[str, int], seconds: float) -> None:
+def announce(run: Run, costs: Mapping[str, int]) -> None:
     """Say what is about to happen, before the first step.
 
     Args:
         run: what is trained.
         costs: params and flops of the network.
-        seconds: how long the run is expected to take.
     """
     opt, info = run.opt, run.data.info
     height, width = info.image_size
@@ -180,18 +181,16 @@ def announce(run: Run, costs: Mapping[str, int], seconds: float) -> None:
         f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"
     )
     print(f"network  {costs['params']:,} parameters, {costs['flops'] / 1e6:,.1f} Mflops (multiply-adds) an image")
-    print(
-        f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {run.data.steps(opt.batch_size)} steps each, "
-        f"about {_duration(seconds)} (a guess from a few steps)",
-        flush=True,
-    )
+    steps = run.data.steps(opt.batch_size)
+    print(f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {steps} steps each", flush=True)
     for name, counts in info.counts.items():
         empty = [c for c, count in zip(info.classes, counts, strict=True) if not count]
         if empty and sum(counts):
             print(f"warning: the {name} split has no image of {', '.join(empty)}")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people."""
     minutes = seconds / 60
     if minutes < 1:
         return "a minute"

@@ -85,7 +85,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
         learner.average.to(run.device)
     run.restore(learner.parts())
     costs = child.child_cost(genotype, opt.init_channels, opt.layers, run.data.info, opt.stem)
-    experiment.announce(run, costs, _estimate_seconds(run, learner.network))
+    experiment.announce(run, costs)
     if opt.compile:
         for cell in learner.network.cells:
             cell.compile()
@@ -166,7 +166,7 @@ def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
         return logits, loss, {}
 
     row = {"learning_rate": learner.scheduler.get_last_lr()[0], "drop_path_prob": network.drop_path_prob}
-    row |= engine.train_epoch(run, epoch, step)
+    row |= engine.train_epoch(run, epoch, step, 0 if opt.use_valid else len(run.data.indices["valid"]))
     learner.scheduler.step()
     if not opt.use_valid:
         evaluated = learner.evaluated().eval()
@@ -259,10 +259,3 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     result = test_figures(run, network.to(device), genotype)
     print(f"test     {_in_words(result)}")
     return Tested(folder, genotype, result)
-
-
-def _estimate_seconds(run: Run, network: ChildNetwork) -> float:
-    evaluated = 0 if run.opt.use_valid else len(run.data.indices["valid"])  # type: ignore[attr-defined]
-    return engine.estimate_seconds(
-        run, network, lambda images, targets: _loss(run, network, images, targets)[1], evaluated
-    )

@@ -150,7 +150,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     if isinstance(learner.objective, nn.Module):
         learner.objective.to(run.device)
     run.restore(learner.parts())
-    experiment.announce(run, experiment.supernet_cost(opt, run.data.info), _estimate_seconds(run, learner.network))
+    experiment.announce(run, experiment.supernet_cost(opt, run.data.info))
     if opt.compile:
         for cell in learner.network.cells:
             cell.compile()
@@ -192,7 +192,9 @@ def _train_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
 
     last = epoch * run.data.steps(opt.batch_size) - 1
     row = {"temperature": temperature(opt, epoch, last), "learning_rate": learner.scheduler.get_last_lr()[0]}
-    row |= engine.train_epoch(run, epoch, step)
+    train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
+    calibrating = min(train, opt.calibration_batches * opt.eval_batch_size)
+    row |= engine.train_epoch(run, epoch, step, 1.2 * (calibrating + valid))  # the child's is a small part of it
     learner.scheduler.step()
     return row
 
@@ -235,18 +237,3 @@ def summarise(row: Mapping[str, Any], objective: Objective) -> str:
         f"entropy {row['entropy_normal']:.2f} + {row['entropy_reduce']:.2f}  T {row['temperature']:.3f}  "
         f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s{more}"
     )
-
-
-def _estimate_seconds(run: Run, network: Network) -> float:
-    opt: TrainOptions = run.opt  # type: ignore[assignment]
-
-    def loss_of(images: Tensor, targets: Tensor) -> Tensor:
-        z = network.sample(1.0)
-        with engine.autocast(run):
-            logits = network(images, z)
-        return cross_entropy(logits, targets, z)[0]
-
-    train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
-    calibrating = min(train, opt.calibration_batches * opt.eval_batch_size)
-    evaluated = 1.2 * (calibrating + valid)  # the child's is a small part of it
-    return engine.estimate_seconds(run, network, loss_of, evaluated)
