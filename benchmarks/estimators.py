@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"n = {opt.draws} draws, so that a bias below {1.5 / opt.draws**0.5:.3f} times the deviation is none.\n\n"
         + machine.table(head, cells)
     )
-    machine.publish("estimators", result, text, Path(opt.out))
+    machine.publish("estimators", result, text, Path(opt.out), "budget")
     return result
 
 

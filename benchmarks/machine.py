@@ -92,12 +92,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def publish(name: str, result: Mapping[str, Any], text: str, out: Path) -> None:
-    """Write out/performance/NAME.json and replace the part of out/performance.md between the marks of NAME."""
-    folder = out / "performance"
+def publish(name: str, result: Mapping[str, Any], text: str, out: Path, topic: str = "performance") -> None:
+    """Write out/TOPIC/NAME.json and replace the part of out/TOPIC.md between the marks of NAME."""
+    folder = out / topic
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    page = out / "performance.md"
+    page = out / f"{topic}.md"
     content = page.read_text(encoding="utf-8") if page.exists() else ""
     machine = result["machine"]
     device = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"

@@ -3,7 +3,8 @@
     python -m benchmarks.pareto --measure params --budgets='[45000, 70000, 100000]' --seeds 3
 
 Each is a run of main_constraint.py; finished ones are skipped, interrupted ones go on. A search without a budget
-(--eta 0) of every seed is run for comparison. Writes OUT.json, OUT.md and the picture OUT.png.
+(--eta 0) of every seed is run for comparison, unless --free False. Writes MEASURE.json, MEASURE.md and the picture
+MEASURE.png to --out.
 """
 
 import json
@@ -36,33 +37,38 @@ class ParetoOptions:
     """Budgets."""
     seeds: PositiveInt = 3
     """Searches of each budget."""
+    free: bool = True
+    """Search without a budget too."""
     preset: str = "options/presets/quick.yaml"
     """The recipe of every search."""
     options: list[str] = field(default_factory=list)
     """Further options of main_constraint.py, e.g. --options='[--image_size=14]'."""
     experiments_dir: str = "experiments"
     """Where the searches go, as pareto_MEASURE_BUDGET_SEED."""
-    out: str = "docs/pareto"
-    """The results, without ending."""
+    out: str = "docs/budget"
+    """Folder of the results, MEASURE.json, .md and .png."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write table and picture; returns the content of the JSON file."""
     opt = options.parse(ParetoOptions, argv, "python -m benchmarks.pareto", __doc__ or "")
     runs = [
-        _one(opt, budget, seed) for budget in [None, *sorted(opt.budgets, reverse=True)] for seed in range(opt.seeds)
+        _one(opt, budget, seed)
+        for budget in [*([None] if opt.free else []), *sorted(opt.budgets, reverse=True)]
+        for seed in range(opt.seeds)
     ]
     result = {
         "machine": machine.describe("python -m benchmarks.pareto " + " ".join(argv or sys.argv[1:])),
         "measure": opt.measure,
-        "preset": opt.preset,
+        "recipe": " ".join([opt.preset, *opt.options]),
         "runs": runs,
     }
-    Path(opt.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{opt.out}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Path(f"{opt.out}.md").write_text(_markdown(result, f"{Path(opt.out).name}.png"), encoding="utf-8")
-    _draw(result, Path(f"{opt.out}.png"))
-    print(f"written  {opt.out}.md, {opt.out}.json, {opt.out}.png")
+    out = Path(opt.out) / opt.measure
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Path(f"{out}.md").write_text(_markdown(result, f"{out.name}.png"), encoding="utf-8")
+    _draw(result, Path(f"{out}.png"))
+    print(f"written  {out}.md, {out}.json, {out}.png")
     return result
 
 
@@ -110,7 +116,7 @@ def _markdown(result: dict[str, Any], picture: str) -> str:
     head = [f"budget, {result['measure']}", "n", "the children", "of the budget", "child accuracy, mean"]
     about = result["machine"]
     return (
-        f"# Budgets on {result['measure']}\n\nEvery child is that of a search with `{result['preset']}` and its own "
+        f"# Budgets on {result['measure']}\n\nEvery child is that of a search with `{result['recipe']}` and its own "
         "seed; accuracy is that on the validation split with the supernet's weights, without retraining.\n\n"
         f"{machine.table(head, rows)}\n\n![children and budgets]({picture})\n\n"
         f"`{about['command']}`, {about['processor']}, torch {about['torch']}, commit {about['commit']}\n"

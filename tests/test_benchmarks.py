@@ -141,8 +141,8 @@ def test_the_sweep_skips_what_is_done_and_draws_the_rest(arguments: list[str], t
     assert [path.stat().st_mtime_ns for path in weights] == dates  # nothing was run again
     assert [run["budget"] for run in second["runs"]] == [None, 3000, 2500]
     assert second["runs"][:2] == first["runs"]
-    page = (tmp_path / "pareto.md").read_text()
-    assert "| 2,500 | 1 |" in page and (tmp_path / "pareto.png").stat().st_size > 10_000
+    page = (tmp_path / "pareto" / "params.md").read_text()
+    assert "| 2,500 | 1 |" in page and (tmp_path / "pareto" / "params.png").stat().st_size > 10_000
 
 
 def test_the_estimators_are_compared_on_the_exact_gradient(tmp_path: Path) -> None:
@@ -154,4 +154,4 @@ def test_the_estimators_are_compared_on_the_exact_gradient(tmp_path: Path) -> No
     )
     relaxed = [figures["decided", "reparametrization", t]["noise"] for t in (1.0, 0.1)]
     assert relaxed[0] < relaxed[1]
-    assert "| undecided | expectation | - | 0.000 | 0.00 |" in performance(tmp_path, "estimators")[1]
+    assert "| undecided | expectation | - | 0.000 | 0.00 |" in (tmp_path / "budget.md").read_text()

@@ -44,7 +44,9 @@ def test_a_search_leaves_all_its_artefacts(
     assert logged[0]["learning_rate"] == pytest.approx(0.025)
     assert logged[1]["learning_rate"] == pytest.approx((0.025 + 0.001) / 2)  # half a cosine
     printed = capsys.readouterr().out
-    assert "device   cpu" in printed and "3 classes" in printed and "parameters" in printed and "time     about" in printed
+    assert (
+        "device   cpu" in printed and "3 classes" in printed and "parameters" in printed and "time     about" in printed
+    )
     assert printed.index("Mflops") < printed.index("epoch   1")
 
 
