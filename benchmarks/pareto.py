@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
     """The last row of metrics of one search, run now if it is not finished; a finished one must be of this recipe."""
-    name = f"pareto_{opt.measure}_{'free' if budget is None else f'{budget:.6g}'}_{seed}"
+    name = f"pareto_{opt.measure}_{'free' if budget is None else f'{budget:.12g}'}_{seed}"
     argv = ["--config", opt.preset, *opt.options, "--name", name, "--experiments_dir", opt.experiments_dir]
     argv += ["--seed", str(seed), "--measure", opt.measure, "--resume", "True"]
     argv += ["--eta", "0"] if budget is None else [f"--target_{opt.measure}", str(budget)]

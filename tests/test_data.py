@@ -8,6 +8,7 @@ from conftest import write_images
 from PIL import Image
 
 import data
+import splits
 from data import Augmentation, Data, augment
 from options import UserError
 from options.default_option import TrainOptions
@@ -222,13 +223,11 @@ def test_the_bundled_slice_is_complete() -> None:
 
 
 def test_the_split_of_many_images_is_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import data
-
-    monkeypatch.setattr(data, "_MANY", 10)
+    monkeypatch.setattr(splits, "_MANY", 10)
     fresh = Data(options(tiny, cache_dir=str(tmp_path))).split
     assert len(list(tmp_path.glob("*.json"))) == 1
-    monkeypatch.setattr(data, "_new_split", lambda *_: pytest.fail("split again"))
+    monkeypatch.setattr(splits, "_new_split", lambda *_: pytest.fail("split again"))
     assert Data(options(tiny, cache_dir=str(tmp_path))).split == fresh
     monkeypatch.undo()
-    monkeypatch.setattr(data, "_MANY", 10)
+    monkeypatch.setattr(splits, "_MANY", 10)
     assert Data(options(tiny, cache_dir=str(tmp_path), seed=1)).split != fresh

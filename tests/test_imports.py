@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"genotypes", "options"},
     {"utils", "distributed", "kernels", "sampling", "images"},
-    {"operations"},
+    {"operations", "splits"},
     {"data", "model_search", "model", "visualize"},
     {"cost", "checkpoint", "report"},
     {"experiment", "child", "budget", "latency"},

@@ -1,0 +1,127 @@
+"""Splits of a data set: stratified by class, seeded, groups of images kept whole."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+import utils
+from options import UserError
+from options.default_option import RunOptions
+
+SPLITS = ("train", "valid", "test")
+_FORMAT = 1  # of kept splits; to be raised when splitting changes
+_MANY = 10_000  # images whose split is worth keeping
+
+
+def make_split(
+    names: list[str], labels: Tensor, classes: list[str], opt: RunOptions, official_test: int = 0
+) -> dict[str, list[str]]:
+    """The names of the images of each split: stratified by class, seeded, groups kept whole.
+
+    That of many images takes seconds and is kept in cache_dir, for the next run with the same names and options.
+
+    Args:
+        names: of all images. labels: (N,) int64. classes: their names.
+        official_test: the last images, which are the test set where a data set brings its own.
+    Raises:
+        UserError: too few images or groups for three splits, or a group_pattern that fits no name.
+    """
+    if len(names) < _MANY:
+        return _new_split(names, labels.numpy(), classes, opt, official_test)
+    how = (opt.seed, opt.test_portion, opt.train_portion, opt.group_pattern, official_test)
+    key = repr((_FORMAT, how, names, labels.tolist()))
+    path = Path(opt.cache_dir).expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
+    if path.exists():
+        stored: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+        return stored
+    split = _new_split(names, labels.numpy(), classes, opt, official_test)
+    with suppress(OSError):  # it can be made again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        utils.write_atomic(path, json.dumps(split))
+    return split
+
+
+def _new_split(
+    names: list[str], labels: np.ndarray[Any, Any], classes: list[str], opt: RunOptions, official_test: int
+) -> dict[str, list[str]]:
+    everything = np.arange(len(labels))
+    groups = _groups(names, opt.group_pattern)
+    if official_test:
+        rest, test = np.split(everything, [len(everything) - official_test])
+    elif opt.test_portion > 0:
+        rest, test = _divide(everything, opt.test_portion, labels, groups, utils.fold(opt.seed, "test"))
+    else:
+        rest, test = everything, everything[:0]
+    train, valid = _divide(rest, 1 - opt.train_portion, labels, groups, utils.fold(opt.seed, "valid"))
+    missing = [classes[c] for c in set(labels) - set(labels[train])]
+    if missing:
+        raise UserError(f"--train_portion {opt.train_portion} leaves no training image of the class {missing[0]!r}")
+    return {split: [names[i] for i in np.sort(part)] for split, part in zip(SPLITS, (train, valid, test), strict=True)}
+
+
+def _groups(names: list[str], pattern: str | None) -> np.ndarray[Any, Any] | None:
+    if pattern is None:
+        return None
+    matches = [re.search(pattern, Path(name).name) for name in names]
+    keys: list[Any] = [match and match.group(1 if match.re.groups else 0) for match in matches]
+    if None in keys:
+        name = names[keys.index(None)]
+        raise UserError(f"--group_pattern {pattern!r} is not found in {Path(name).name!r}; every file name needs it")
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def _divide(
+    indices: np.ndarray[Any, Any],
+    portion: float,
+    labels: np.ndarray[Any, Any],
+    groups: np.ndarray[Any, Any] | None,
+    seed: int,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(kept, taken): about `portion` of the indices taken, class by class."""
+    from sklearn.model_selection import train_test_split  # a slow import
+
+    seed %= 2**32
+    try:
+        if groups is None:
+            kept, taken = train_test_split(indices, test_size=portion, stratify=labels[indices], random_state=seed)
+            return kept, taken
+        return _divide_groups(indices, portion, labels, groups, seed)
+    except ValueError as error:
+        smallest = min(Counter(labels[indices].tolist()).values())
+        raise UserError(
+            f"the images cannot be split: {error} The smallest class has {smallest}; "
+            "add images, or change --test_portion, --train_portion or --group_pattern"
+        ) from None
+
+
+def _divide_groups(
+    indices: np.ndarray[Any, Any], portion: float, labels: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], seed: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Like _divide, groups whole: of many shuffled foldings, the folds that come closest to `portion` of each class."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    # k of n folds, n as small as comes close to the portion, so that a fold holds many groups
+    near = (Fraction(portion).limit_denominator(n) for n in range(2, 51))
+    part = next((f for f in near if f and abs(f - portion) < 0.02), Fraction(1, 50))
+    totals = np.bincount(labels[indices])
+    best, best_gap = indices[:0], np.inf
+    for attempt in range(4):
+        folds = StratifiedGroupKFold(part.denominator, shuffle=True, random_state=(seed + attempt) % 2**32)
+        parts = [held for _, held in folds.split(indices, labels[indices], groups[indices])]
+        for first in range(len(parts)):
+            taken = np.concatenate([parts[(first + i) % len(parts)] for i in range(part.numerator)])
+            shares = np.bincount(labels[indices[taken]], minlength=len(totals)) / np.maximum(totals, 1)
+            # Kullback-Leibler, summed over classes: a class without an image on one side costs most
+            shares = shares[totals > 0].clip(0.001, 0.999)
+            gap = -float((portion * np.log(shares) + (1 - portion) * np.log(1 - shares)).sum())
+            if gap < best_gap:
+                best, best_gap = taken, gap
+    return np.delete(indices, best), indices[best]
