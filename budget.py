@@ -124,7 +124,7 @@ class Constrained(nn.Module):
 
     Without budgets eta is fixed. With a budget B, eta is a multiplier that follows the excess after every step,
 
-        eta = GAIN * max(0, E[C] - B_t) / U,
+        eta = GAIN * max(0, min(E[C], C(child)) - B_t) / U,
 
     where B_t falls from the average architecture's cost to B over the first RAMP of the run, so that the search chooses
     what it gives up. From then on alpha is projected after every epoch: where the child exceeds a budget, the likeliest
@@ -205,7 +205,8 @@ class Constrained(nn.Module):
             budget = self.budgets[measure]
             start = max(budget, table.fixed + self._uniform[measure])
             limit = start + (budget - start) * (self.step / (RAMP * self.steps)).clamp_max(1)
-            self.eta[index] = (GAIN * (expected(table, alphas) - limit) / self._uniform[measure]).clamp_min(0)
+            least = torch.minimum(expected(table, alphas), child_cost(table, alphas))
+            self.eta[index] = (GAIN * (least - limit) / self._uniform[measure]).clamp_min(0)
 
     @torch.no_grad()
     def after_epoch(self) -> None:

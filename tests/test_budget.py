@@ -179,12 +179,13 @@ def followed(budget_of_average: float, steps: int, shift: Tensor | None = None) 
 
 
 def test_the_multiplier_starts_gently_and_rises_above_the_budget() -> None:
-    """By hand: the budget falls to half the average in 5 of 10 steps, and so does what eta follows."""
+    """By hand: the budget falls from the average to half of it in 5 of 10 steps; eta follows E[C] or the child."""
     objective, etas = followed(0.5, 10)
-    table = objective._tables["params"]
-    half = 0.5 * (table.fixed + table.uniform())
-    wanted = [budget.GAIN * half * min(1, step / 5) / table.uniform() for step in range(1, 11)]
-    assert etas == pytest.approx(wanted, rel=1e-3)  # alpha starts near 0, not at it
+    table, row = objective._tables["params"], objective.report()
+    average, least = table.fixed + table.uniform(), min(row["cost_params"], row["child_params"])
+    limits = [average * (1 - 0.5 * min(1, step / 5)) for step in range(1, 11)]
+    wanted = [budget.GAIN * max(0, least - limit) / table.uniform() for limit in limits]
+    assert etas == pytest.approx(wanted, rel=1e-3) and etas[0] < etas[-1] > 1
 
 
 def test_the_multiplier_is_zero_below_the_budget_and_resumes_on_its_way() -> None:
