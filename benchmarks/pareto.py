@@ -141,9 +141,10 @@ def _draw(result: dict[str, Any], path: Path) -> None:
             axes.axvline(budget, color=color, linestyle="--", linewidth=1)
     axes.set_xlabel(f"{result['measure']} of the derived child")
     axes.set_ylabel("validation accuracy of the child, %")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    if result["measure"] != "latency_ms":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=150)
 
 
