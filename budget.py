@@ -93,26 +93,32 @@ def project(alphas: Alphas, bounds: Sequence[tuple[Table, float]], least: float 
     """
     if all(child_cost(table, alphas) <= budget for table, budget in bounds):
         return
-    log_p = torch.cat([F.log_softmax(alpha, -1) for alpha in alphas]).double().cpu()  # (2 E, O)
+    log_p = torch.cat([F.log_softmax(alpha, -1) for alpha in alphas]).cpu().double()  # (2 E, O)
     edges, ops = log_p.shape
     one_each = LinearConstraint(np.kron(np.eye(edges), np.ones(ops)), 1, 1)
-    found = None
     for share in (least, 0.0) if least and len(bounds) == 1 else (0.0,):
         rules = [one_each]
         for table, budget in bounds:
-            costs = torch.cat([table.normal, table.reduce]).double().cpu().flatten().numpy()[None] / budget
+            costs = torch.cat([table.normal, table.reduce]).cpu().double().flatten().numpy()[None] / budget
             fixed = table.fixed / budget
             rules.append(LinearConstraint(costs, share - fixed if share else -np.inf, 1 - fixed))
-        found = milp(-log_p.flatten().numpy(), constraints=rules, integrality=np.ones(edges * ops), bounds=Bounds(0, 1))
+        found = milp(
+            -log_p.flatten().numpy(),
+            constraints=rules,
+            integrality=np.ones(edges * ops),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
         if found.x is not None:
             break
-    if found is None or found.x is None:
+    if found.x is None:
         raise ValueError("no architecture is within all budgets")
     chosen = torch.from_numpy(found.x).view(edges, ops).argmax(-1).to(alphas[0].device)
     for alpha, best in zip(alphas, chosen.split([len(alpha) for alpha in alphas]), strict=True):
         top = alpha.argmax(-1, keepdim=True)
         wanted = best[:, None]
         high, low = alpha.gather(-1, top), alpha.gather(-1, wanted)
+        high = torch.where((top != wanted) & (high == low), torch.nextafter(high, high + 1), high)  # a tie
         alpha.scatter_(-1, top, low).scatter_(-1, wanted, high)
 
 
@@ -172,14 +178,15 @@ class Constrained(nn.Module):
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The tables: measured latencies would not be the same when a run resumes."""
-        return {m: {"fixed": t.fixed, "normal": t.normal, "reduce": t.reduce} for m, t in self._tables.items()}
+        """Tables and budgets: measured latencies would not be the same when a run resumes."""
+        tables = {m: {"fixed": t.fixed, "normal": t.normal, "reduce": t.reduce} for m, t in self._tables.items()}
+        return {"tables": tables, "budgets": dict(self.budgets)}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take the tables of the checkpoint."""
-        device = self.eta.device
+        """Take those of the checkpoint."""
+        device, self.budgets = self.eta.device, dict(state["budgets"])
         self._set_tables(
-            {m: Table(t["fixed"], t["normal"].to(device), t["reduce"].to(device)) for m, t in state.items()}
+            {m: Table(t["fixed"], t["normal"].to(device), t["reduce"].to(device)) for m, t in state["tables"].items()}
         )
 
     def forward(self, logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, dict[str, Tensor]]:

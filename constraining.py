@@ -18,7 +18,8 @@ def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Const
     """
     assert isinstance(opt, ConstraintOptions)
     tables = cost.tables(opt.space, opt.nodes, deployed(info, opt))
-    if opt.target_latency_ms is not None or opt.measure == "latency_ms":
+    by_measure = opt.level != "none" or not opt.targets()  # --measure is about something
+    if opt.target_latency_ms is not None or (by_measure and opt.measure == "latency_ms"):
         tables["latency_ms"] = _latencies(info, opt)
     budgets = find_budgets(opt, tables)
     measures = list(budgets) or [opt.measure]

@@ -175,10 +175,10 @@ def train_epoch(
             if epoch == run.started + 1 and index in (0, min(_GUESS_AFTER, steps - 1)):
                 loss.item()  # waits for the device
                 now_at = time.perf_counter()
-                if index:
-                    each = (now_at - first) / index  # the first one warms up
+                if index or steps == 1:
+                    each = (now_at - first) / index if index else now_at - start  # the first one of several warms up
                     rest = (run.opt.epochs - run.epoch) * each * (steps + 0.35 * evaluated / run.opt.batch_size)
-                    tqdm.write(f"time     about {experiment.duration(rest)} (guessed from {index} steps)")
+                    tqdm.write(f"time     about {experiment.duration(rest)} (guessed from {max(1, index)} steps)")
                 first = now_at
     return {**mean.values(), "images_per_second": seen / (time.perf_counter() - start)}
 

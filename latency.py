@@ -10,11 +10,13 @@ with what it leaves unexplained reported. Tables are kept in cache_dir under the
 
 import hashlib
 import json
+import platform
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import correlation, linear_regression, median
+from statistics import StatisticsError, correlation, linear_regression, median
 from time import perf_counter
 from typing import Any
 
@@ -77,21 +79,30 @@ def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | Path) -> L
     """The latencies of a space at this size on this machine: from cache_dir, or measured now (a minute or two).
 
     Raises:
-        UserError: onnxruntime is missing.
+        UserError: onnxruntime is missing, or what was measured is nonsense.
     """
     device = f"{utils.processor()}, {torch.get_num_threads()} threads, onnxruntime {_onnxruntime().__version__}"
-    what = {"format": _FORMAT, "device": device, "space": space, "nodes": nodes, **asdict(deployed)}
+    what = {"format": _FORMAT, "device": device, "host": platform.node(), "torch": torch.__version__}
+    what |= {"space": space, "nodes": nodes, **asdict(deployed)}
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     path = Path(cache_dir).expanduser() / f"latency-{name}.json"
     if path.is_file():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            return Latencies(**stored["latencies"])
-        except (ValueError, KeyError, TypeError):
+            stored = Latencies(**json.loads(path.read_text(encoding="utf-8"))["latencies"])
+            if stored.scale > 0 and stored.ops.keys() == {_key(place) for place in _places(space, nodes, deployed)}:
+                return stored
+            raise ValueError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             print(f"note: {path} is damaged; measuring anew")
-    found = measure(space, nodes, deployed, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    utils.write_atomic(path, json.dumps({"of": what, "latencies": asdict(found)}, indent=1) + "\n")
+    try:
+        found = measure(space, nodes, deployed, device)
+    except StatisticsError:  # all the same
+        found = None
+    if found is None or found.scale <= 0:
+        raise UserError("the latencies measured make no sense; measure again when nothing else runs on this machine")
+    with suppress(OSError):  # it can be measured again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        utils.write_atomic(path, json.dumps({"of": what, "latencies": asdict(found)}, indent=1) + "\n")
     return found
 
 
@@ -99,10 +110,10 @@ def measure(space: str, nodes: int, deployed: Deployed, device: str) -> Latencie
     """Time every operation at each of its places and a few whole children, all in turns."""
     places = _places(space, nodes, deployed)
     source = random.Random(0)
-    children = [genotypes.random_genotype(space, source, nodes) for _ in range(_CHILDREN)]
-    calls = [session(nn.ReLU(), _noise(1, (8, 8)))]  # what a call costs
+    children = [_random_child(space, nodes, number / _CHILDREN, source) for number in range(_CHILDREN)]
     bar = tqdm(total=len(places) + len(children), desc="latency", unit="network", leave=False, disable=None)
     with bar, torch.random.fork_rng(devices=[]):
+        calls = [session(nn.ReLU(), _noise(1, (8, 8)))]  # what a call costs
         for op, channels, height, width, stride in places:
             states = [_noise(channels, (height, width)) for _ in range(_COPIES)]
             calls.append(session(_Copies(op, channels, stride), *states))
@@ -123,6 +134,16 @@ def measure(space: str, nodes: int, deployed: Deployed, device: str) -> Latencie
     ops = {_key(place): max(0.0, t - call) / _COPIES for place, t in zip(places, times, strict=False)}
     sums = [_sum(ops, deployed, genotype) for genotype in children]
     return fit(device, ops, sums, times[len(places) :])
+
+
+def _random_child(space: str, nodes: int, dropped: float, source: random.Random) -> Genotype:
+    """A random genotype without the share `dropped` of its edges: cheap children have to be predicted too."""
+    full = genotypes.random_genotype(space, source, nodes)
+    cells = [
+        tuple(tuple(pair for pair in node if source.random() >= dropped) for node in cell)
+        for cell in (full.normal, full.reduce)
+    ]
+    return Genotype(cells[0], full.normal_concat, cells[1], full.reduce_concat, space)
 
 
 def fit(device: str, ops: Mapping[str, float], sums: Sequence[float], measured: Sequence[float]) -> Latencies:

@@ -6,6 +6,8 @@ Bias and standard deviation over draws of Z, as the norm over all entries relati
 where nothing is decided (alpha = 0) and where most is (alpha drawn from a normal distribution of deviation 2).
 """
 
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +62,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         "noise": (noise.norm() / exact.norm()).item(),
                     }
                 )
-    result = {"machine": machine.describe("python -m benchmarks.estimators"), "draws": opt.draws, "rows": rows}
+    result = {
+        "machine": machine.describe(
+            shlex.join(["python", "-m", "benchmarks.estimators", *(sys.argv[1:] if argv is None else argv)])
+        ),
+        "draws": opt.draws,
+        "rows": rows,
+    }
     head = ["alpha", "estimator", "T", "bias", "standard deviation of one draw"]
     cells = [
         [r["alpha"], r["estimator"], r["temperature"] or "-", f"{r['bias']:.3f}", f"{r['noise']:.2f}"] for r in rows

@@ -8,6 +8,7 @@ MEASURE.png to --out.
 """
 
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ import cost
 import experiment
 import main_constraint
 import options
-import utils
 from benchmarks import machine
 from options.constraint_option import ConstraintOptions
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for seed in range(opt.seeds)
     ]
     result = {
-        "machine": machine.describe("python -m benchmarks.pareto " + " ".join(argv or sys.argv[1:])),
+        "machine": machine.describe("python -m benchmarks.pareto " + shlex.join(argv or sys.argv[1:])),
         "measure": opt.measure,
         "recipe": " ".join([opt.preset, *opt.options]),
         "runs": runs,
@@ -85,9 +85,9 @@ def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
         print(f"--- {name}")
         main_constraint.main(argv)
         done = checkpoint.epochs(folder, "weights")
-    stored = checkpoint.load(checkpoint.path_of(folder, "weights", done[-1]))["options"]
-    experiment.check_same_options(wanted, stored, folder)
-    row = utils.read_metrics(folder / "metrics.jsonl")[-1]
+    stored = checkpoint.load(checkpoint.path_of(folder, "weights", done[-1]))
+    experiment.check_same_options(wanted, stored["options"], folder)
+    row = stored["metrics"]
     return {
         "budget": budget,
         "seed": seed,

@@ -234,6 +234,28 @@ def test_the_projection_makes_the_likeliest_architecture_within_the_budget_the_c
         assert all(map(torch.equal, alphas, after))
 
 
+def test_alpha_is_projected_in_the_second_half_only() -> None:
+    objective, _ = followed(0.5, 4)
+    alphas = objective.alphas()
+    with torch.no_grad():
+        for alpha in alphas:
+            alpha[:, 5] += 9  # sep_conv_5x5
+    before = [alpha.detach().clone() for alpha in alphas]
+    objective.after_epoch()
+    assert all(map(torch.equal, alphas, before))
+    objective.after_step()
+    objective.after_epoch()
+    row = objective.report()
+    assert budget.USE * row["budget_params"] <= row["child_params"] <= row["budget_params"]
+
+
+def test_the_projection_decides_a_tie() -> None:
+    table = Table(0.0, torch.tensor([[5.0, 1.0]]), torch.tensor([[0.0, 0.0]]))
+    alphas = [nn.Parameter(torch.zeros(1, 2)) for _ in range(2)]
+    budget.project(alphas, [(table, 2.0)])
+    assert child_cost(table, alphas) == 1
+
+
 def test_a_projection_keeps_all_budgets_of_the_real_space() -> None:
     torch.manual_seed(0)
     alphas = [nn.Parameter(torch.randn(14, 8)) for _ in range(2)]

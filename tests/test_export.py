@@ -15,6 +15,7 @@ import data
 import export_model
 import exporting
 import images
+import operations
 import options
 import retrain
 from options import UserError
@@ -47,6 +48,19 @@ def test_onnx_takes_bytes_and_gives_the_logits_of_the_model(trained: list[str], 
         assert np.abs(got - wanted[:batch]).max() < 1e-4
     meta = session.get_modelmeta().custom_metadata_map
     assert json.loads(meta["classes"]) == ["class0", "class1", "class2"]
+
+
+@pytest.mark.parametrize("name", ["sep_conv_3x3", "dil_conv_5x5"])
+def test_an_exported_operation_has_no_form_that_only_training_is_faster_with(name: str) -> None:
+    """Strided and dilated convolutions are one node each, not a slice or a shuffle of a larger one."""
+    operation = operations.make_op(name, 4, 2 if name == "sep_conv_3x3" else 1, affine=True).eval()
+    proto = torch.onnx.export(operation, (torch.rand(1, 4, 16, 16),), dynamo=True, verbose=False).model_proto
+    kinds = {node.op_type for node in proto.graph.node}
+    assert "Conv" in kinds and kinds <= {"Conv", "Relu", "BatchNormalization"}
+    depthwise = next(node for node in proto.graph.node if node.op_type == "Conv")
+    attributes = {a.name: list(a.ints) for a in depthwise.attribute if a.ints}
+    assert attributes["strides"] == ([2, 2] if name == "sep_conv_3x3" else [1, 1])
+    assert attributes["dilations"] == ([1, 1] if name == "sep_conv_3x3" else [2, 2])
 
 
 @pytest.mark.parametrize(("kind", "taken"), [("pt2", "uint8"), ("onnx", "float")])

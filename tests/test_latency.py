@@ -14,7 +14,6 @@ from budget import child_cost
 from latency import Latencies
 from options import UserError
 
-pytest.importorskip("onnxruntime")
 DEPLOYED = cost.Deployed(4, 3, (8, 8), 3)
 
 
@@ -53,6 +52,7 @@ def test_the_line_and_what_it_leaves_are_those_of_the_children() -> None:
 def test_measuring_finds_larger_operations_slower_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("onnxruntime")
     monkeypatch.setattr(latency, "_CHILDREN", 3)
     large = cost.Deployed(32, 3, (64, 64), 3)
     monkeypatch.setitem(genotypes.SPACES, "two", ("none", "skip_connect", "sep_conv_5x5"))
@@ -86,6 +86,29 @@ def test_a_search_within_a_latency(
     assert again[-1]["child_latency_ms"] == rows[-1]["child_latency_ms"]
     with pytest.raises(UserError, match=r"--target_latency_ms 0\.5 is below the cheapest .* 1\.2 to "):
         main_constraint.main([*arguments, "--target_latency_ms=0.5", "--name=other", "--nodes=4"])
+
+
+def test_a_level_of_latency_resumes_with_its_budget(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "find", lambda *_: made_up())
+    given = [*arguments, "--level=moderate", "--measure=latency_ms", "--nodes=4", "--save_freq=1"]
+    whole = main_constraint.main(given)
+    (whole.folder / "weights_epoch_2.pt").unlink()
+    monkeypatch.setattr(latency, "find", lambda *_: made_up(scale=3.0))
+    again = main_constraint.main([*given, "--resume=True"])
+    assert {k: v for k, v in again.metrics.items() if "second" not in k} == {
+        k: v for k, v in whole.metrics.items() if "second" not in k
+    }
+
+
+def test_a_measurement_that_makes_no_sense_is_refused_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    for wrong in (lambda: made_up(scale=-1.0), lambda: latency.fit("here", {}, [1.0, 1.0, 1.0], [2.0, 3.0, 4.0])):
+        monkeypatch.setattr(latency, "measure", lambda *_, wrong=wrong: wrong())
+        with pytest.raises(UserError, match="measure again"):
+            latency.find("snas", 4, DEPLOYED, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_onnxruntime_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

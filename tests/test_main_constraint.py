@@ -41,6 +41,12 @@ def test_a_budget_is_logged_kept_and_shown(
     found = main_constraint.main([*arguments, *budgets, "--arch_learning_rate=0.3", "--epochs=3"])
     row = rows(found)[-1]
     assert row["budget_params"] == 5000 and row["budget_flops"] == 5e4
+    free = rows(
+        main_constraint.main(
+            [*arguments, *budgets[2:], "--arch_learning_rate=0.3", "--epochs=3", "--name=free", "--eta=0"]
+        )
+    )
+    assert row["child_params"] <= 5000 < free[-1]["child_params"] and row["child_flops"] <= 5e4
     priced = cost.cost(found.genotype, init_channels=4, layers=4, image_size=8, num_classes=3)
     # the derived genotype has one node here, and is priced as deployed: with four cells
     assert row["child_params"] == priced["params"] and row["child_flops"] == priced["flops"]
