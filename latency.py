@@ -37,6 +37,7 @@ from options import UserError
 _FORMAT = 1
 _COPIES = 8  # of an operation in its session, which shares the cost of a call among them
 _CHILDREN = 12  # whole networks to fit and check the sum on
+_SPARSEST = 0.6  # the share of edges that the last of them lacks; with almost none, onnxruntime folds whole cells away
 _ROUNDS = 7  # every session in turn; the median of its rounds counts
 Place = tuple[str, int, int, int, int]  # op, channels, H, W of its input, stride
 
@@ -110,7 +111,9 @@ def measure(space: str, nodes: int, deployed: Deployed, device: str) -> Latencie
     """Time every operation at each of its places and a few whole children, all in turns."""
     places = _places(space, nodes, deployed)
     source = random.Random(0)
-    children = [_random_child(space, nodes, number / _CHILDREN, source) for number in range(_CHILDREN)]
+    children = [
+        _random_child(space, nodes, _SPARSEST * number / (_CHILDREN - 1), source) for number in range(_CHILDREN)
+    ]
     bar = tqdm(total=len(places) + len(children), desc="latency", unit="network", leave=False, disable=None)
     with bar, torch.random.fork_rng(devices=[]):
         calls = [session(nn.ReLU(), _noise(1, (8, 8)))]  # what a call costs
