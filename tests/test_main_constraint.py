@@ -37,16 +37,16 @@ def test_without_a_price_it_is_main_bit_for_bit(arguments: list[str]) -> None:
 def test_a_budget_is_logged_kept_and_shown(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    budgets = ["--target_params=5000", "--target_flops=5e4", "--child_layers=4"]
+    budgets = ["--target_params=3000", "--target_flops=5e4", "--child_layers=4"]
     found = main_constraint.main([*arguments, *budgets, "--arch_learning_rate=0.3", "--epochs=3"])
     row = rows(found)[-1]
-    assert row["budget_params"] == 5000 and row["budget_flops"] == 5e4
+    assert row["budget_params"] == 3000 and row["budget_flops"] == 5e4
     free = rows(
         main_constraint.main(
             [*arguments, *budgets[2:], "--arch_learning_rate=0.3", "--epochs=3", "--name=free", "--eta=0"]
         )
     )
-    assert row["child_params"] <= 5000 < free[-1]["child_params"] and row["child_flops"] <= 5e4
+    assert row["child_params"] <= 3000 < free[-1]["child_params"] and row["child_flops"] <= 5e4
     priced = cost.cost(found.genotype, init_channels=4, layers=4, image_size=8, num_classes=3)
     # the derived genotype has one node here, and is priced as deployed: with four cells
     assert row["child_params"] == priced["params"] and row["child_flops"] == priced["flops"]
@@ -55,11 +55,11 @@ def test_a_budget_is_logged_kept_and_shown(
     inspect_model.main(
         [f"--experiments_dir={tmp_path}/experiments", f"--visualizations_dir={tmp_path}/v", "--experiment=run"]
     )
-    assert "budget 5,000" in capsys.readouterr().out
+    assert "budget 3,000" in capsys.readouterr().out
 
 
 def test_the_multiplier_resumes_where_it_was(arguments: list[str]) -> None:
-    tight = ["--target_params=2000", "--arch_learning_rate=0.1", "--save_freq=1"]
+    tight = ["--target_params=1000", "--arch_learning_rate=0.1", "--save_freq=1"]
     whole = main_constraint.main([*arguments, *tight, "--name=whole"])
     main_constraint.main([*arguments, *tight, "--name=parts"])
     folder = whole.folder.parent / "parts"
