@@ -56,9 +56,13 @@ class Run:
     device: torch.device
     data: data.Data
     epoch: int = 0  # the last finished one
-    started: int = 0  # the last finished one when this process began
     loaded: Mapping[str, Any] | None = None  # the checkpoint it goes on from
     extra: dict[str, Any] = field(default_factory=dict)  # plain containers to keep in the checkpoints
+
+    @property
+    def started(self) -> int:
+        """The last finished epoch when this process began."""
+        return int(self.loaded["epoch"]) if self.loaded is not None else 0
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Put the loaded checkpoint, if any, into everything that learns."""
@@ -114,8 +118,7 @@ def open_run(
         raise UserError(f"--experiments_dir {opt.experiments_dir} cannot be written: {error.strerror}") from None
     options.save(opt, folder / "options.yaml", f"python {Path(sys.argv[0]).name} --config {folder}/options.yaml")
     data.write_split(folder / "split.json", run_data, opt)
-    epoch = loaded["epoch"] if loaded else 0
-    return Run(opt, stem, folder, device, run_data, epoch, epoch, loaded)
+    return Run(opt, stem, folder, device, run_data, loaded["epoch"] if loaded else 0, loaded)
 
 
 def _check_free(folder: Path) -> None:
