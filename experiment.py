@@ -12,9 +12,9 @@ import torch
 import checkpoint
 import cost
 import data
-import kernels
 import options
 import utils
+from fused import operation as kernels
 from options import UserError
 from options.default_option import RunOptions, TrainOptions
 

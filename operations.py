@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from fused import operation as kernels
 
 FIRST: dict[str, Callable[[Tensor, int], Tensor]] = {
     "identity": lambda x, stride: x,

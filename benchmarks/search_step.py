@@ -39,12 +39,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
-import kernels
 import options
 import sampling
 import utils
 from benchmarks import machine
 from benchmarks.textbook import Textbook
+from fused import operation as kernels
 from model_search import Network
 from options import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"genotypes", "options"},
-    {"utils", "distributed", "kernels", "sampling", "images"},
+    {"utils", "distributed", "fused", "sampling", "images"},
     {"operations", "splits"},
     {"data", "model_search", "model", "visualize"},
     {"cost", "checkpoint", "report"},
@@ -31,7 +31,9 @@ def imports(path: Path) -> set[str]:
 
 
 def modules() -> dict[str, Path]:
-    return {path.stem: path for path in ROOT.glob("*.py")} | {"options": ROOT / "options" / "__init__.py"}
+    return {path.stem: path for path in ROOT.glob("*.py")} | {
+        package: ROOT / package / "__init__.py" for package in ("options", "fused")
+    }
 
 
 def test_every_module_has_a_layer_and_imports_only_lower_ones() -> None:
@@ -39,8 +41,9 @@ def test_every_module_has_a_layer_and_imports_only_lower_ones() -> None:
         assert name in RANK, f"{name} has no place in the import table"
         for other in imports(path) & RANK.keys():
             assert RANK[other] < RANK[name], f"{name} imports {other}"
-    for path in (ROOT / "options").glob("*.py"):
-        assert imports(path) & RANK.keys() <= {"options"}, path
+    for package in ("options", "fused"):
+        for path in (ROOT / package).glob("*.py"):
+            assert imports(path) & RANK.keys() <= {package}, path
 
 
 def test_the_lowest_layer_and_the_options_know_no_torch() -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")
 KERNELS = (1, 3, 5, 7)  # sides that are compiled
 enabled = True  # set to False to use PyTorch's operations throughout
 _loaded = False  # for compiled code, which cannot load them

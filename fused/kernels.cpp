@@ -1,4 +1,4 @@
-// The operations of a cell as fused kernels for the CPU: see kernels.py for what and why.
+// The operations of a cell as fused kernels for the CPU: see operation.py for what and why.
 //
 // Images are (H, W, C), float32. An operation is one of four ways from the input to p,
 //   CONV   (ReLU,) depthwise k x k with stride and dilation -> d, pointwise C x C -> p
@@ -21,7 +21,7 @@
 static int omp_get_thread_num() { return 0; }
 #endif
 
-struct Shape {  // as kernels.py fills it
+struct Shape {  // as operation.py fills it
     int32_t batch, height, width, channels;      // of the input
     int32_t kind, kernel, stride, dilation;      // a Kind; kernel 1 with NOTHING
     int32_t training, relu, accumulate, threads; // training: with the statistics of the batch, not the running ones

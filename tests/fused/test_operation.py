@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import kernels
+from fused import operation as kernels
 from genotypes import random_genotype
 from model import ChildNetwork
 from model_search import Network
