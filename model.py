@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import CellPlan, Genotype, Node, cell_plan
-from operations import Conv, FactorizedReduce, Norm, Operation, Skip, drop_path, make_op
+from operations import Conv, FactorizedReduce, Norm, Operation, Skip, State, drop_mask, make_op
 
 
 class ChildCell(nn.Module):
@@ -31,21 +31,21 @@ class ChildCell(nn.Module):
             for op, source in node
         )
 
-    def forward(self, before: Tensor, last: Tensor, drop: float = 0.0) -> Tensor:
+    def forward(self, before: State, last: State, drop: float = 0.0) -> Tensor:
         """c_{k-2}, c_{k-1} -> (B, len(concat) * C, H', W')."""
-        states = [self.prepare0(before), self.prepare1(last)]
-        batch, channels, height, width = states[1].shape
+        states = [State(self.prepare0(before)), State(self.prepare1(last))]
+        batch, channels, height, width = states[1].x.shape
         if self.reduction:
             height, width = ceil(height / 2), ceil(width / 2)
         ops = iter(self.ops)
         for sources in self.sources:
-            terms = [self._edge(next(ops), states[source], drop) for source in sources]
-            states.append(sum(terms[1:], terms[0]) if terms else last.new_zeros(batch, channels, height, width))
-        return torch.cat([states[state] for state in self.concat], 1)
-
-    def _edge(self, op: nn.Module, state: Tensor, drop: float) -> Tensor:
-        y: Tensor = op(state)
-        return drop_path(y, drop) if self.training and not isinstance(op, Skip) else y
+            total: Tensor | None = None
+            for source in sources:
+                op, state = next(ops), states[source]
+                keep = drop_mask(state.x, drop) if self.training and not isinstance(op, Skip) else None
+                total = op(state, None, total, keep)
+            states.append(State(last.x.new_zeros(batch, channels, height, width) if total is None else total))
+        return torch.cat([states[state].x for state in self.concat], 1)
 
 
 class AuxiliaryHead(nn.Sequential):
@@ -141,12 +141,12 @@ class ChildNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, channels, H, W) -> logits (B, classes), and those of the auxiliary head in training."""
-        before = self.stem(images.contiguous(memory_format=torch.channels_last))
-        last = self.stem1(before) if hasattr(self, "stem1") else before
+        before = State(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        last = State(self.stem1(before.x)) if hasattr(self, "stem1") else before
         side: Tensor | None = None
         for index, cell in enumerate(self.cells):
-            before, last = last, cell(before, last, self.drop_path_prob)
+            before, last = last, State(cell(before, last, self.drop_path_prob))
             if self.auxiliary is not None and self.training and index == self.auxiliary_at:
-                side = self.auxiliary(last)
-        pooled = F.adaptive_avg_pool2d(last, 1).flatten(1)
+                side = self.auxiliary(last.x)
+        pooled = F.adaptive_avg_pool2d(last.x, 1).flatten(1)
         return self.classifier(pooled), side

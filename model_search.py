@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sampling
 from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
-from operations import Conv, FactorizedReduce, Norm, Operation, State, add, drop_path, frozen_statistics, make_op
+from fused import operation as kernels
+from operations import Conv, FactorizedReduce, Norm, Operation, State, drop_mask, frozen_statistics, fused, make_op
 from sampling import Z
 
 
@@ -31,12 +32,20 @@ class MixedOp(nn.Module):
         self.ops = nn.ModuleDict(ops)  # type: ignore[assignment]
 
     def forward(
-        self, state: State, weights: Sequence[Tensor], active: Sequence[bool], total: Tensor | None = None
+        self, state: State, row: Tensor, active: Sequence[bool], total: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor | None:
-        """total + the Z-weighted sum of the active operations, in place; None where there is neither."""
-        for name, weight, on in zip(self.names, weights, active, strict=True):
-            if on and name != NONE:
-                total = self.ops[name](state, weight, total)
+        """total + keep * the sum of the active operations weighted by Z's row (O,), in place; None if there is none.
+
+        Those that the fused kernels work on are a single call.
+        """
+        chosen = [k for k, name in enumerate(self.names) if active[k] and name != NONE]
+        parts = {k: self.ops[self.names[k]].parts() for k in chosen}
+        together = [k for k in chosen if fused(state.x, parts[k])]
+        if together:
+            total = kernels.apply(state.x, [parts[k] for k in together], row, together, total, keep)
+        for k in chosen:
+            if k not in together:
+                total = self.ops[self.names[k]](state, row[k], total, keep)
         return total
 
 
@@ -69,11 +78,8 @@ class Cell(nn.Module):
         for _ in range(self.nodes):
             total: Tensor | None = None
             for state, (edge, row, on) in zip(states, edges, strict=False):  # one edge from every earlier state
-                if drop and self.training:
-                    y = edge(state, row.unbind(), on)
-                    total = total if y is None else add(total, drop_path(y, drop))
-                else:
-                    total = edge(state, row.unbind(), on, total)
+                keep = drop_mask(state.x, drop) if self.training else None
+                total = edge(state, row, on, total, keep)
             states.append(State(self._zeros(states[1].x) if total is None else total))
         return torch.cat([state.x for state in states[2:]], 1)
 

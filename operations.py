@@ -1,19 +1,22 @@
 """The candidate operations of a cell, and drop path.
 
-An operation maps a state to y = O_k(x), or adds Z_k O_k(x) to the sum of a node: op(state, scale, total). Where the
-fused kernels work (kernels.usable) they do all of it in one pass. Elsewhere it is `rest(first(x))`: `first` is the
-stage without parameters (ReLU, pooling, nothing), which depends on the state alone and is computed once for all edges
-that leave the state; `rest` holds what learns, and folds the scale into its last batch norm.
+An operation maps a state to y = O_k(x), or adds Z_k O_k(x) to the sum of a node: op(state, scale, total). It says of
+which `parts` it consists, and where the fused kernels work (fused.operation) they do all of it in one call. Elsewhere
+it is `rest(first(x))`: `first` is the stage without parameters (ReLU, pooling, nothing), which depends on the state
+alone and is computed once for all edges that leave the state; `rest` holds what learns, and folds the scale into its
+last batch norm.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused import build
 from fused import operation as kernels
+from fused.operation import Part
 
 FIRST: dict[str, Callable[[Tensor, int], Tensor]] = {
     "identity": lambda x, stride: x,
@@ -26,23 +29,35 @@ FIRST: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm whose output may be scaled, cut off below zero and added to a sum, all in a single pass."""
+    """Batch norm whose output may be scaled and added to a sum, in a single pass."""
 
-    def forward(
-        self, x: Tensor, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False
-    ) -> Tensor:
-        """BN(x), max(BN(x), 0), or total + scale * BN(x), the latter in place."""
-        if kernels.usable(x):
-            return kernels.operation(x, self, scale=scale, total=total, relu=relu)
+    def forward(self, x: Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        """BN(x), or total + scale * BN(x), the latter in place."""
+        parts = (Part(kernels.NOTHING, norm=self),)
+        if fused(x, parts):
+            return apply_parts(x, parts, scale, total)
         assert self.momentum is not None and self.num_batches_tracked is not None
         if self.training and self.momentum:
             self.num_batches_tracked.add_(1)
-        # repeat, not expand: batch norm's backward reads past a stride-0 weight (torch 2.14, CPU)
-        gamma = self.weight if scale is None else scale.reshape(1).repeat(self.num_features)  # (C,)
-        y = F.batch_norm(
-            x, self.running_mean, self.running_var, gamma, self.bias, self.training, self.momentum, self.eps
-        )
-        return add(total, F.relu(y, inplace=True) if relu else y)
+        gamma, beta = self.weight, self.bias
+        if scale is not None:
+            # repeat, not expand: batch norm's backward reads past a stride-0 weight (torch 2.14, CPU)
+            gamma = scale.reshape(1).repeat(self.num_features) if gamma is None else scale * gamma  # (C,)
+            beta = None if beta is None else scale * beta
+        y = F.batch_norm(x, self.running_mean, self.running_var, gamma, beta, self.training, self.momentum, self.eps)
+        return add(total, y)
+
+
+def fused(x: Tensor, parts: Sequence[Part]) -> bool:
+    """Whether the kernels work on x and are faster than PyTorch's operations for such parts."""
+    return bool(parts) and kernels.usable(x) and all(part.kind in _chosen() for part in parts)
+
+
+def apply_parts(
+    x: Tensor, parts: Sequence[Part], scale: Tensor | None, total: Tensor | None, keep: Tensor | None = None
+) -> Tensor:
+    """total + keep * scale * parts(x) through the kernels; see Operation.forward."""
+    return kernels.apply(x, [parts], None if scale is None else scale.reshape(1), (0,), total, keep)
 
 
 @contextmanager
@@ -77,7 +92,7 @@ def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tenso
     on each of the 2 x 2 grids of pixels that never mix; with a stride of 2 only one of the four is needed.
     """
     channels, pad = weight.shape[0], dilation * (weight.shape[2] // 2)
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    if torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_exporting():
         if stride == dilation == 2:
             return F.conv2d(subsample(x), weight, None, 1, pad // 2, 1, channels)
         if stride == 2:
@@ -105,10 +120,6 @@ class State:
         return self._stages[key]
 
 
-def _as_state(state: State | Tensor) -> State:
-    return state if isinstance(state, State) else State(state)
-
-
 class Operation(nn.Module):
     """Base of the operations; see the module's head."""
 
@@ -116,15 +127,33 @@ class Operation(nn.Module):
         super().__init__()
         self.first, self.stride = first, stride
 
-    def forward(self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-        """O(x); or total + scale * O(x), `total` changed in place.
+    def parts(self) -> Sequence[Part]:
+        """What the fused kernels do for it; nothing if they cannot."""
+        return ()
+
+    def forward(
+        self,
+        state: State | Tensor,
+        scale: Tensor | None = None,
+        total: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """O(x), or total + keep * scale * O(x), `total` changed in place; what is missing counts as 0 or 1.
 
         Args:
             state: x, or the state that holds it; (B, C, H, W).
             scale: a scalar.
-            total: of the output's shape, only together with a scale.
+            total: of the output's shape.
+            keep: a factor for each image, (B, 1, 1, 1); see drop_mask.
         """
-        return self.rest(_as_state(state).stage(self.first, self.stride), scale, total)
+        state = state if isinstance(state, State) else State(state)
+        parts = self.parts()
+        if fused(state.x, parts):
+            return apply_parts(state.x, parts, scale, total, keep)
+        y = state.stage(self.first, self.stride)
+        if keep is None:
+            return self.rest(y, scale, total)
+        return add(total, self.rest(y, scale, None) * keep)
 
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         """What follows the first stage, y = first(x)."""
@@ -137,9 +166,12 @@ class Skip(Operation):
     def __init__(self) -> None:
         super().__init__("identity", 1)
 
+    def parts(self) -> Sequence[Part]:
+        return (Part(kernels.NOTHING),)
+
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         if scale is None:
-            return y
+            return y.clone() if total is None else total.add_(y)
         return y * scale if total is None else total.addcmul_(y, scale)
 
 
@@ -149,14 +181,10 @@ class Pool(Operation):
     def __init__(self, first: str, channels: int, stride: int, affine: bool) -> None:
         super().__init__(first, stride)
         self.norm = Norm(channels, affine=affine)
-        kind = kernels.MAX if first.startswith("max") else kernels.MEAN
-        self.way = kernels.Way(kind, int(first[-1]), stride)
+        self.kind = kernels.MAX if first.startswith("max") else kernels.MEAN
 
-    def forward(self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-        state = _as_state(state)
-        if kernels.usable(state.x):
-            return kernels.operation(state.x, self.norm, self.way, None, scale, total)
-        return super().forward(state, scale, total)
+    def parts(self) -> Sequence[Part]:
+        return (Part(self.kind, int(self.first[-1]), self.stride, norm=self.norm),)
 
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(y, scale, total)
@@ -186,18 +214,15 @@ class DilConv(Operation):
         self.depthwise = Depthwise(channels, kernel, stride, dilation)
         self.pointwise = _pointwise(channels, channels)
         self.norm = Norm(channels, affine=affine)
-        self.way = kernels.Way(kernels.CONV, kernel, stride, dilation, relu=True)
 
-    def forward(
-        self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None, relu: bool = False
-    ) -> Tensor:
-        """See Operation.forward; relu: cut off the result below zero."""
-        state = _as_state(state)
-        if kernels.usable(state.x):
-            weights = (self.depthwise.weight, self.pointwise.weight)
-            return kernels.operation(state.x, self.norm, self.way, weights, scale, total, relu)
-        d = self.depthwise(state.stage(self.first, self.stride))
-        return self.norm(self.pointwise(d), scale, total, relu)
+    def parts(self) -> Sequence[Part]:
+        conv = self.depthwise
+        kernel = conv.weight.shape[2]
+        weights = (conv.weight, self.pointwise.weight)
+        return (Part(kernels.CONV, kernel, conv.stride, conv.dilation, True, *weights, self.norm),)
+
+    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        return self.norm(self.pointwise(self.depthwise(y)), scale, total)
 
 
 class SepConv(Operation):
@@ -208,8 +233,11 @@ class SepConv(Operation):
         self.half1 = DilConv(channels, kernel, stride, affine, dilation=1)
         self.half2 = DilConv(channels, kernel, 1, affine, dilation=1)
 
-    def forward(self, state: State | Tensor, scale: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-        return self.half2(self.half1(state), scale, total)
+    def parts(self) -> Sequence[Part]:
+        return (*self.half1.parts(), *self.half2.parts())
+
+    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        return self.half2.rest(F.relu(self.half1.rest(y, None, None)), scale, total)
 
 
 class Conv(Operation):
@@ -219,6 +247,11 @@ class Conv(Operation):
         super().__init__("relu", stride)
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.norm = Norm(c_out, affine=affine)
+
+    def parts(self) -> Sequence[Part]:
+        if self.conv.kernel_size != (1, 1) or self.stride != 1:
+            return ()
+        return (Part(kernels.CONV, relu=True, pointwise=self.conv.weight, norm=self.norm),)
 
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(self.conv(y), scale, total)
@@ -249,6 +282,10 @@ class FactorizedReduce(Operation):
         self.even = _pointwise(c_in, c_out // 2)
         self.odd = _pointwise(c_in, c_out - c_out // 2)
         self.norm = Norm(c_out, affine=affine)
+
+    def parts(self) -> Sequence[Part]:
+        weight = torch.cat([self.even.weight, self.odd.weight])  # (c_out, c_in, 1, 1)
+        return (Part(kernels.HALVES, stride=2, relu=True, pointwise=weight, norm=self.norm),)
 
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         height, width = y.shape[2:]
@@ -283,10 +320,54 @@ def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
     raise ValueError(f"no operation is called {name!r}")
 
 
-def drop_path(x: Tensor, probability: float) -> Tensor:
-    """Zero whole samples of x (B, C, H, W) with the given probability and rescale the others by 1/(1 - p)."""
+def drop_mask(x: Tensor, probability: float) -> Tensor | None:
+    """What drop path multiplies the images of x (B, C, H, W) with: 0 with the given probability, else 1/(1 - p).
+
+    Returns:
+        (B, 1, 1, 1), or None for a probability of 0.
+    """
     if probability == 0.0:
-        return x
+        return None
     keep = 1.0 - probability
-    mask = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)  # (B, 1, 1, 1)
-    return x * (mask / keep)
+    return torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep) / keep
+
+
+_KINDS = {
+    kernels.NOTHING: "norm",
+    kernels.CONV: "convolution",
+    kernels.MAX: "max",
+    kernels.MEAN: "mean",
+    kernels.HALVES: "reduction",
+}
+_choice: list[frozenset[int]] = []
+
+
+def _chosen() -> frozenset[int]:
+    """The kinds of parts for which the kernels are faster than PyTorch's operations on this machine."""
+    if not _choice:
+        _choice.append(frozenset(_KINDS))  # all while it is measured
+        ratios = speedups()
+        _choice[0] = frozenset(kind for kind, name in _KINDS.items() if ratios.get(name, 1.0) >= 1.0)
+    return _choice[0]
+
+
+def speedups() -> dict[str, float]:
+    """How many times faster the kernels are here, by kind of part; empty where that is not asked (SNAS_KERNELS=on)."""
+    return {} if build.trusted() else build.speedups(_contest)
+
+
+def _contest() -> build.Contest:
+    """A forward and backward pass of each kind, with the kernels and without, on a typical state."""
+    x = torch.randn(32, 16, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    modules: dict[str, nn.Module] = {"norm": Norm(16, affine=False)}
+    names = {"convolution": "sep_conv_5x5", "max": "max_pool_3x3", "mean": "avg_pool_3x3"}
+    modules |= {kind: make_op(name, 16, 1, affine=False) for kind, name in names.items()}
+
+    def call(module: nn.Module, enabled: bool) -> Callable[[], None]:
+        def run() -> None:
+            with kernels.switched(enabled):
+                module(x).sum().backward()
+
+        return run
+
+    return {kind: (call(module, True), call(module, False)) for kind, module in modules.items()}

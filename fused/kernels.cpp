@@ -1,15 +1,17 @@
-// The operations of a cell as fused kernels for the CPU: see operation.py for what and why.
+// Parts of the operations of a cell as fused kernels for the CPU: see operation.py for what and why.
 //
-// Images are (H, W, C), float32. An operation is one of four ways from the input to p,
-//   CONV   (ReLU,) depthwise k x k with stride and dilation -> d, pointwise C x C -> p
+// Images are (H, W, channels), float32. A part is one of five ways from its input x to p,
+//   CONV   (ReLU,) depthwise k x k with stride and dilation -> d, or d = x without depthwise weights; pointwise -> p
+//   HALVES ReLU, x at the even and x at the odd pixels -> d, pointwise from each to a half of p's channels
 //   MAX    max pooling k x k with a stride
 //   MEAN   average pooling k x k with a stride, the padding not counted
 //   NOTHING
-// then batch norm, y = a p + b with a = gamma / std and b = beta - a mean, and out = y, out = max(y, 0) or out += y.
+// then batch norm with all that may scale it, y = keep scale (gamma (p - mean) / std + beta), and out = y or out += y.
 //
-// Each image is worked on as a whole, in the cache of one core. Inside, channels are padded to vectors of V floats.
-// Sums over the batch are taken per image or per chunk of images and added in a fixed order, so that no result
-// depends on the number of threads.
+// Each image is worked on as a whole, in the cache of one core. Inside it lies as (groups, pixels, V): V floats are a
+// register of the processor, or fewer where there are few channels; the last group is padded with zeros. Sums over the
+// batch are taken per image or per chunk of images and added in a fixed order, so that no result depends on the number
+// of threads.
 
 #include <cmath>
 #include <cstdint>
@@ -21,20 +23,44 @@
 static int omp_get_thread_num() { return 0; }
 #endif
 
-struct Shape {  // as operation.py fills it
-    int32_t batch, height, width, channels;      // of the input
-    int32_t kind, kernel, stride, dilation;      // a Kind; kernel 1 with NOTHING
-    int32_t training, relu, accumulate, threads; // training: with the statistics of the batch, not the running ones
-    int32_t relu_first, scalar;                  // of CONV; gamma is one number for all channels
-    float momentum, eps;
+struct Part { // as operation.py fills it
+    int64_t batch, height, width, inputs, channels; // of x; channels of p
+    int64_t kind, kernel, stride, dilation, relu;   // a Kind; ReLU before a convolution
+    int64_t training, accumulate, threads;          // training: with the statistics of the batch, not the running ones
+    double momentum, eps;
+    const float *x, *depthwise, *pointwise;         // (B, H, W, inputs), (inputs, k, k), (channels, inputs)
+    const float *gamma, *beta, *scale, *keep;       // (channels), (channels), (), (batch); each may be missing
+    float *running_mean, *running_var;              // (channels); missing: there is no batch norm
+    int64_t *tracked;
+    float *statistics;                              // mean and 1 / std (2, channels), written forward, read backward
+    float *out;                                     // (B, h, w, channels)
+    const float *grad;                              // of out; the rest is written backward, grad_x added to if accumulate
+    float *grad_x, *grad_depthwise, *grad_pointwise, *grad_gamma, *grad_beta, *grad_scale;
 };
 
 namespace {
 
-enum Kind { NOTHING, CONV, MAX, MEAN };
+enum Kind { NOTHING, CONV, MAX, MEAN, HALVES };
 
-constexpr int BLOCK = 8;   // pixels that share a load of weights in matmul
-constexpr int CHUNKS = 16; // partial sums of the weight gradients
+#if defined(__AVX512F__)
+constexpr int WIDEST = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int WIDEST = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int WIDEST = 4, REGISTERS = 32;
+#else
+constexpr int WIDEST = 4, REGISTERS = 16;
+#endif
+constexpr int BLOCK = REGISTERS == 32 ? 8 : 12; // pixels of an image are padded to it: rows of a matrix that share a load
+constexpr int STRETCH = 128; // pixels of a matrix product that stay in the innermost cache
+constexpr int CHUNKS = 16;  // partial sums of the weight gradients
+
+// Keeps GCC from loading a value again at each of its uses.
+#if defined(__x86_64__)
+#define IN_REGISTER(value) __asm__("" : "+v"(value))
+#else
+#define IN_REGISTER(value)
+#endif
 
 constexpr size_t padded(size_t floats) { return (floats + 15) / 16 * 16; }
 
@@ -57,232 +83,401 @@ struct Arena {
         used += padded(floats);
         return part;
     }
+    float *zeros(size_t floats) {
+        float *part = take(floats);
+        if (floats) memset(part, 0, 4 * floats);
+        return part;
+    }
     ~Arena() { free(start); }
 };
 
 thread_local Arena arena;
 
-typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float vec16 __attribute__((vector_size(64), aligned(4), may_alias));
+// Of V floats; `loose` may lie anywhere. (GCC drops its alignment where it is a template argument: bug 97222.)
+template <int V> struct Vectors;
+#define VECTORS(V)                                                           \
+    template <> struct Vectors<V> {                                          \
+        typedef float vec __attribute__((vector_size(4 * V)));               \
+        typedef float loose __attribute__((vector_size(4 * V), aligned(4))); \
+        typedef int32_t mask __attribute__((vector_size(4 * V)));            \
+    };
+VECTORS(4)
+VECTORS(8)
+VECTORS(16)
 
-template <typename vec> struct Operation {
-    static constexpr int V = sizeof(vec) / 4;
+template <int I> struct Int {
+    static constexpr int value = I;
+};
 
-    const Shape s;
-    const int C, groups, Cp;         // channels, vectors, padded channels
+template <int V> struct Kernel {
+    using vec = typename Vectors<V>::vec;
+    using loose = typename Vectors<V>::loose;
+    using mask = typename Vectors<V>::mask;
+
+    const Part s;
+    const int C, Cp, D, Dp, M;       // channels of p and of x; padded; of d
     const int k, kk, stride, dilation, pad;
     const int H, W, Hp, Wp;          // input, and with its border of zeros
     const int h, w, n, np;           // output; its pixels; the same in whole blocks
-    const bool conv, pool, stored;   // stored: p is not the input itself
-    const size_t pixels, bordered, input;
+    const bool halves, conv, deep, apart, pool, stored; // deep: with depthwise weights; apart: d is not x in its border;
+                                                        // stored: p is not x
+    const size_t input, pixels, filtered, bordered; // of an image, as floats: x, p, d, x in its border
+    const size_t frame, plane, row;      // of a group of it in its border, as floats; of p; of a pixel of p
 
-    explicit Operation(const Shape &shape)
-        : s(shape), C(s.channels), groups((C + V - 1) / V), Cp(groups * V), k(s.kernel), kk(k * k), stride(s.stride),
-          dilation(s.dilation), pad(dilation * (k / 2)), H(s.height), W(s.width), Hp(H + 2 * pad), Wp(W + 2 * pad),
-          h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np((n + BLOCK - 1) / BLOCK * BLOCK),
-          conv(s.kind == CONV), pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp),
-          pixels(size_t(np) * Cp), bordered(size_t(Hp) * Wp * Cp), input(size_t(H) * W) {}
+    static int up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
-    static vec get(const float *at) { return *reinterpret_cast<const vec *>(at); }
-    static void set(float *at, vec v) { *reinterpret_cast<vec *>(at) = v; }
+    explicit Kernel(const Part &part)
+        : s(part), C(s.channels), Cp(up(C, V)), D(s.inputs), Dp(up(D, V)), M(s.kind == HALVES ? 2 * Dp : Dp), k(s.kernel), kk(k * k), stride(s.stride),
+          dilation(s.dilation), pad(dilation * (k / 2)), H(s.height), W(s.width), Hp(H + 2 * pad + (s.kind == HALVES)), Wp(W + 2 * pad + (s.kind == HALVES)),
+          h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np(up(n, BLOCK)), halves(s.kind == HALVES),
+          conv(s.kind == CONV || halves), deep(conv && s.depthwise), apart(deep || halves), pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp),
+          input(size_t(H) * W * D), pixels(size_t(np) * Cp), filtered(size_t(np) * M),
+          bordered(size_t(up(Hp * Wp, BLOCK)) * Dp), frame(bordered / (Dp / V)), plane(stored ? size_t(np) * V : V),
+          row(stored ? V : C) {}
 
-    // A vector of a pixel of C floats, zero beyond the last channel; g is a multiple of V.
-    vec get_channels(const float *pixel, int g) const {
-        if (C == Cp) return get(pixel + g);
-        vec v = {};
-        memcpy(&v, pixel + g, 4 * (C - g < V ? C - g : V));
-        return v;
+    static vec get(const float *at) { return *reinterpret_cast<const loose *>(at); }
+    static void set(float *at, vec v) { *reinterpret_cast<loose *>(at) = v; }
+    static vec positive(vec v) { return v <= vec{} ? vec{} : v; } // keeps NaN
+
+    // V channels of a pixel of an image that is not padded: all of them are its own; or some are the next pixel's;
+    // or the image ends.
+    struct Own {
+        int64_t row; // floats a pixel
+        vec load(const float *image, int64_t i) const { return get(image + i * row); }
+        void store(float *image, int64_t i, vec v) const { set(image + i * row, v); }
+    };
+    struct Shared {
+        int64_t row;
+        mask own;
+        vec load(const float *image, int64_t i) const { return (vec)((mask)get(image + i * row) & own); }
+        void store(float *image, int64_t i, vec v) const { set(image + i * row, own ? v : get(image + i * row)); }
+    };
+    struct Last {
+        int64_t row, rest;
+        vec load(const float *image, int64_t i) const {
+            vec v = {};
+            memcpy(&v, image + i * row, 4 * rest);
+            return v;
+        }
+        void store(float *image, int64_t i, vec v) const { memcpy(image + i * row, &v, 4 * rest); }
+    };
+
+    // body(pixel, lanes, parity) for the pixels from first to last of `count`, at their channels from g on
+    template <typename Body>
+    static void each(int channels, int64_t count, int g, int64_t first, int64_t last, Body body) {
+        const int64_t rest = channels - g;
+        if (rest >= V) return pairs(first, last, Own{channels}, body);
+        mask own = {};
+        for (int j = 0; j < rest; j++) own[j] = -1;
+        const int64_t spare = count * channels - g - V; // what is left after V floats of the first pixel
+        int64_t whole = spare < 0 ? 0 : spare / channels + 1;
+        whole = whole < first ? first : whole < last ? whole : last;
+        pairs(first, whole, Shared{channels, own}, body);
+        pairs(whole, last, Last{channels, rest}, body);
     }
-    void set_channels(float *pixel, int g, vec v) const {
-        if (C == Cp) return set(pixel + g, v);
-        memcpy(pixel + g, &v, 4 * (C - g < V ? C - g : V));
+    template <typename Lanes, typename Body> static void pairs(int64_t i, int64_t last, Lanes lanes, Body &body) {
+        for (; i + 2 <= last; i += 2) body(i, lanes, Int<0>()), body(i + 1, lanes, Int<1>());
+        if (i < last) body(i, lanes, Int<0>());
     }
 
     // The middle of a border: its first pixel.
-    template <typename Float> Float *inside(Float *border) const { return border + (size_t(pad) * Wp + pad) * Cp; }
+    template <typename Float> Float *inside(Float *border) const { return border + (size_t(pad) * Wp + pad) * V; }
+
+    // body(pixel of the input, its place in the border, lanes) for all pixels, V channels at a time
+    template <typename Body> void framed(Body body) const {
+        for (int g = 0; g < Dp; g += V)
+            for (int y = 0; y < H; y++) {
+                const int64_t first = int64_t(y) * W, at = g / V * frame + (int64_t(y) * Wp - first) * V;
+                each(D, int64_t(H) * W, g, first, first + W,
+                     [&](int64_t i, auto lanes, auto) { body(i, at + i * V, g, lanes); });
+            }
+    }
 
     // The input image into the middle of its border.
     void enclose(const float *from, float *border) const {
-        const vec zero = {};
-        for (int y = 0; y < H; y++) {
-            float *to = inside(border) + size_t(y) * Wp * Cp;
-            for (int x = 0; x < W; x++, from += C, to += Cp)
-                for (int g = 0; g < Cp; g += V) {
-                    const vec v = get_channels(from, g);
-                    set(to + g, s.relu_first ? (v <= zero ? zero : v) : v); // keeps NaN
-                }
-        }
+        float *to = inside(border);
+        if (s.relu) framed([=](int64_t i, int64_t at, int g, auto l) { set(to + at, positive(l.load(from + g, i))); });
+        else framed([=](int64_t i, int64_t at, int g, auto l) { set(to + at, l.load(from + g, i)); });
     }
 
-    // The middle of a border into the gradient of the input image, cut off where the ReLU did.
+    // The gradient of the input image from the middle of a border, cut off where the ReLU did.
     void extract(const float *border, const float *image, float *to) const {
-        const vec zero = {};
-        for (int y = 0; y < H; y++) {
-            const float *from = inside(border) + size_t(y) * Wp * Cp;
-            for (int x = 0; x < W; x++, from += Cp, image += C, to += C)
-                for (int g = 0; g < Cp; g += V) {
-                    const vec v = get(from + g);
-                    set_channels(to, g, s.relu_first ? (get_channels(image, g) <= zero ? zero : v) : v);
-                }
-        }
+        const float *from = inside(border);
+        const bool relu = s.relu, add = s.accumulate;
+        framed([=](int64_t i, int64_t at, int g, auto lanes) {
+            vec v = get(from + at);
+            if (relu) v = lanes.load(image + g, i) <= vec{} ? vec{} : v;
+            lanes.store(to + g, i, add ? v + lanes.load(to + g, i) : v);
+        });
     }
 
     // Pixels of the output (h, w) to every stride-th pixel of the middle of a border.
     void spread(const float *from, float *border) const {
-        for (int y = 0; y < h; y++) {
-            float *to = inside(border) + size_t(y) * stride * Wp * Cp;
-            for (int x = 0; x < w; x++, to += stride * Cp)
-                for (int g = 0; g < Cp; g += V, from += V) set(to + g, get(from));
-        }
+        const int step = stride * V;
+        for (int g = 0; g < Dp; g += V, from += size_t(np - n) * V)
+            for (int y = 0; y < h; y++) {
+                float *to = inside(border) + g / V * frame + size_t(y) * stride * Wp * V;
+                for (int x = 0; x < w; x++, to += step, from += V) set(to, get(from));
+            }
     }
 
-    // N neighbouring pixels of y = sum over taps of x * taps
-    template <int K, int N>
-    static void taps_of(const float *x, const vec *taps, float *y, size_t row, size_t column, size_t next, int Cp) {
+    // call(x's pixel, d's pixel) for the even pixels of every group, then the odd ones; x in its border
+    template <typename Call> void each_half(float *x, float *d, Call call) const {
+        for (int half = 0; half < 2; half++)
+            for (int g = 0; g < Dp / V; g++, d += size_t(np - n) * V)
+                for (int r = 0; r < h; r++)
+                    for (int c = 0; c < w; c++, d += V)
+                        call(x + g * frame + (size_t(2 * r + half) * Wp + 2 * c + half) * V, d);
+    }
+
+    // N neighbouring pixels of a depthwise convolution; every pixel of x is loaded once a row of taps.
+    template <int K, int S, int E, int N>
+    static void filter_pixels(const float *x, const float *taps, float *y, size_t line) {
         vec sum[N] = {};
 #pragma GCC unroll 7
-        for (int i = 0; i < K; i++)
+        for (int i = 0; i < K; i++, x += E * line) {
+            vec tap[K];
 #pragma GCC unroll 7
-            for (int j = 0; j < K; j++)
-#pragma GCC unroll 4
-                for (int m = 0; m < N; m++) sum[m] += taps[i * K + j] * get(x + i * row + j * column + m * next);
-#pragma GCC unroll 4
-        for (int m = 0; m < N; m++) set(y + m * Cp, sum[m]);
-    }
-
-    // y (rows, columns), `leap` pixels a row, from x with its border
-    template <int K>
-    void depthwise_k(const float *x, const float *weights, float *y, int rows, int columns, int leap, int step) const {
-        const size_t row = size_t(dilation) * Wp * Cp, column = size_t(dilation) * Cp, next = size_t(step) * Cp;
-        for (int g = 0; g < Cp; g += V) {
-            vec taps[K * K];
-#pragma GCC unroll 49
-            for (int t = 0; t < K * K; t++) taps[t] = get(weights + t * Cp + g);
-            for (int r = 0; r < rows; r++) {
-                const float *from = x + size_t(r) * step * Wp * Cp + g;
-                float *to = y + size_t(r) * leap * Cp + g;
-                int c = 0;
-                for (; c + 4 <= columns; c += 4, from += 4 * next, to += 4 * Cp)
-                    taps_of<K, 4>(from, taps, to, row, column, next, Cp);
-                for (; c < columns; c++, from += next, to += Cp) taps_of<K, 1>(from, taps, to, row, column, next, Cp);
+            for (int j = 0; j < K; j++) {
+                tap[j] = get(taps + (i * K + j) * V);
+                IN_REGISTER(tap[j]);
+            }
+#pragma GCC unroll 32
+            for (int p = 0; p <= (N - 1) * S + (K - 1) * E; p++) {
+                vec v = get(x + p * V);
+                IN_REGISTER(v);
+#pragma GCC unroll 8
+                for (int m = 0; m < N; m++)
+                    if (p >= m * S && (p - m * S) % E == 0 && (p - m * S) / E < K) sum[m] += tap[(p - m * S) / E] * v;
             }
         }
-    }
-    void depthwise(const float *x, const float *weights, float *y, int rows, int columns, int leap, int step) const {
-        if (k == 3) return depthwise_k<3>(x, weights, y, rows, columns, leap, step);
-        if (k == 5) return depthwise_k<5>(x, weights, y, rows, columns, leap, step);
-        depthwise_k<7>(x, weights, y, rows, columns, leap, step);
+#pragma GCC unroll 8
+        for (int m = 0; m < N; m++) set(y + m * V, sum[m]);
     }
 
-    // sums[tap] += sum over the output's pixels of x at the tap times up; x with its border
-    template <int K> void depthwise_weights_k(const float *x, const float *up, float *sums) const {
-        const size_t row = size_t(dilation) * Wp * Cp, column = size_t(dilation) * Cp, next = size_t(stride) * Cp;
-        for (int g = 0; g < Cp; g += V) {
-            vec total[K * K];
-#pragma GCC unroll 49
-            for (int t = 0; t < K * K; t++) total[t] = get(sums + t * Cp + g);
-            for (int r = 0; r < h; r++) {
-                const float *at = x + size_t(r) * stride * Wp * Cp + g, *from = up + size_t(r) * w * Cp + g;
-                for (int c = 0; c < w; c++, at += next, from += Cp) {
-                    const vec v = get(from);
-#pragma GCC unroll 7
-                    for (int i = 0; i < K; i++)
-#pragma GCC unroll 7
-                        for (int j = 0; j < K; j++) total[i * K + j] += v * get(at + i * row + j * column);
-                }
-            }
-#pragma GCC unroll 49
-            for (int t = 0; t < K * K; t++) set(sums + t * Cp + g, total[t]);
+    // y (rows, columns) of the group at x, `leap` pixels a row, from x with its border; stride S, dilation E
+    template <int K, int S, int E>
+    void filter_of(const float *x, const float *taps, float *y, int rows, int columns, int leap) const {
+        constexpr int N = REGISTERS == 32 && K < 7 ? 8 : 4;
+        const size_t line = size_t(Wp) * V, next = size_t(leap) * V;
+        for (int r = 0; r < rows; r++, x += S * line, y += next) {
+            int c = 0;
+            for (; c + N <= columns; c += N) filter_pixels<K, S, E, N>(x + c * S * V, taps, y + c * V, line);
+            if (c < columns && columns >= N) c = columns - N, filter_pixels<K, S, E, N>(x + c * S * V, taps, y + c * V, line);
+            else
+                for (; c < columns; c++) filter_pixels<K, S, E, 1>(x + c * S * V, taps, y + c * V, line);
         }
     }
-    void depthwise_weights(const float *x, const float *up, float *sums) const {
-        if (k == 3) return depthwise_weights_k<3>(x, up, sums);
-        if (k == 5) return depthwise_weights_k<5>(x, up, sums);
-        depthwise_weights_k<7>(x, up, sums);
+
+    // sums (R K, V) += over the output's pixels, x at R rows of taps times up; x with its border
+    template <int K, int S, int E, int R> void correlate_rows(const float *x, const float *up, float *sums) const {
+        const size_t line = size_t(Wp) * V;
+        vec total[R * K];
+#pragma GCC unroll 49
+        for (int t = 0; t < R * K; t++) total[t] = get(sums + t * V);
+        for (int r = 0; r < h; r++) {
+            const float *at[R];
+#pragma GCC unroll 7
+            for (int i = 0; i < R; i++) at[i] = x + (r * S + i * E) * line;
+            for (int c = 0; c < w; c++, up += V) {
+                const vec v = get(up);
+#pragma GCC unroll 7
+                for (int i = 0; i < R; i++) {
+#pragma GCC unroll 7
+                    for (int j = 0; j < K; j++) total[i * K + j] += v * get(at[i] + j * E * V);
+                    at[i] += S * V;
+                }
+            }
+        }
+#pragma GCC unroll 49
+        for (int t = 0; t < R * K; t++) set(sums + t * V, total[t]);
+    }
+    template <int K, int S, int E> void correlate_of(const float *x, const float *up, float *sums) const {
+        constexpr int FIT = (REGISTERS - 4) / K, R = FIT < 1 ? 1 : FIT < K ? FIT : K; // sums that stay in registers
+        const size_t line = size_t(Wp) * V;
+        int i = 0;
+        for (; i + R <= K; i += R) correlate_rows<K, S, E, R>(x + i * E * line, up, sums + i * K * V);
+        if constexpr (K % R) correlate_rows<K, S, E, K % R>(x + i * E * line, up, sums + i * K * V);
     }
 
-    // y (np, Cp) = a (np, C of Cp) @ weights (C, Cp)
-    void matmul(const float *a, const float *weights, float *y) const {
-        for (int i = 0; i < np; i += BLOCK)
-            for (int g = 0; g < Cp; g += V) {
-                vec sum[BLOCK] = {};
-                const float *from = a + size_t(i) * Cp;
-                for (int c = 0; c < C; c++) {
-                    const vec line = get(weights + size_t(c) * Cp + g);
+    // call(k, stride, dilation) with all three known to the compiler
+    template <typename Call> static void with_taps(int k, int stride, int dilation, Call call) {
+        auto known = [&](auto K, auto S) {
+            if (dilation == 1) return call(K, S, Int<1>());
+            if constexpr (K.value < 7) call(K, S, Int<2>());
+        };
+        with_side(k, [&](auto K) { stride == 1 ? known(K, Int<1>()) : known(K, Int<2>()); });
+    }
+    template <typename Call> static void with_side(int k, Call call) {
+        k == 3 ? call(Int<3>()) : k == 5 ? call(Int<5>()) : call(Int<7>());
+    }
+
+    // y has groups of `plane` floats
+    void filter(const float *x, const float *taps, float *y, size_t plane, int rows, int columns, int leap,
+                int step) const {
+        with_taps(k, step, dilation, [&](auto K, auto S, auto E) {
+            for (int g = 0; g < Dp / V; g++)
+                filter_of<K.value, S.value, E.value>(x + g * frame, taps + g * kk * V, y + g * plane, rows, columns, leap);
+        });
+    }
+    void correlate(const float *x, const float *up, float *sums) const {
+        with_taps(k, stride, dilation, [&](auto K, auto S, auto E) {
+            for (int g = 0; g < Dp / V; g++)
+                correlate_of<K.value, S.value, E.value>(x + g * frame, up + g * np * V, sums + g * kk * V);
+        });
+    }
+
+    // The two factors and the result of a matrix product, P rows and G vectors at a time.
+    struct Product {
+        const float *a; // element (row, t): row ROW + t STEP, `group` floats further for every V of t where STEP is 1
+        size_t group;
+        const float *b; // vector (t, g)
+        size_t b_step, b_plane;
+        float *y; // vector (row, g)
+        size_t y_row, y_plane;
+        int count; // of t
+
+        // y = or += a b
+        template <int ROW, int STEP, bool ADD, int P, int G> void block(int row, int g) const {
+            const float *from = a + row * ROW, *lines = b + g * b_plane;
+            float *to = y + row * y_row + g * y_plane;
+            vec sum[P][G] = {};
+            if (ADD)
 #pragma GCC unroll 8
-                    for (int j = 0; j < BLOCK; j++) sum[j] += from[size_t(j) * Cp + c] * line;
+                for (int p = 0; p < P; p++)
+#pragma GCC unroll 3
+                    for (int q = 0; q < G; q++) sum[p][q] = get(to + p * y_row + q * y_plane);
+            for (int first = 0; first < count; first += STEP == 1 ? V : count, from += group) {
+                const int stop = STEP == 1 && count - first > V ? V : count - first;
+                for (int t = 0; t < stop; t++, lines += b_step) {
+                    vec line[G];
+#pragma GCC unroll 3
+                    for (int q = 0; q < G; q++) {
+                        line[q] = get(lines + q * b_plane);
+                        IN_REGISTER(line[q]);
+                    }
+#pragma GCC unroll 8
+                    for (int p = 0; p < P; p++)
+#pragma GCC unroll 3
+                        for (int q = 0; q < G; q++) sum[p][q] += from[p * ROW + t * STEP] * line[q];
                 }
+            }
 #pragma GCC unroll 8
-                for (int j = 0; j < BLOCK; j++) set(y + size_t(i + j) * Cp + g, sum[j]);
+            for (int p = 0; p < P; p++)
+#pragma GCC unroll 3
+                for (int q = 0; q < G; q++) set(to + p * y_row + q * y_plane, sum[p][q]);
+        }
+        template <int ROW, int STEP, bool ADD, int G> void strip(int rows, int g) const {
+            constexpr int P = G == 1 || REGISTERS == 32 ? 8 : G == 2 && ROW == V ? 6 : 4;
+            int r = 0;
+            for (; r + P <= rows; r += P) block<ROW, STEP, ADD, P, G>(r, g);
+            for (; r < rows; r += 4) block<ROW, STEP, ADD, 4, G>(r, g);
+        }
+        // for `rows` rows, a multiple of 4
+        template <int ROW, int STEP, bool ADD> void all(int rows, int groups) const {
+            for (int g = 0, left; (left = groups - g) > 0;) {
+                if (left == 1) strip<ROW, STEP, ADD, 1>(rows, g), g += 1;
+                else if (left == 2 || left == 4) strip<ROW, STEP, ADD, 2>(rows, g), g += 2;
+                else strip<ROW, STEP, ADD, 3>(rows, g), g += 3;
+            }
+        }
+    };
+    // Every pixel of an image, `count` channels, times a matrix (count, `to` channels)
+    void multiply(const float *image, int count, const float *matrix, float *y, int to) const {
+        const size_t plane = size_t(np) * V;
+        Product{image, plane, matrix, size_t(to), V, y, V, plane, count}.template all<V, 1, false>(np, to / V);
+    }
+    // matrix (Cp, M) += sum over the pixels of a (C) b (D)
+    void outer(const float *a, const float *b, float *matrix) const {
+        const size_t plane = size_t(np) * V;
+        for (int first = 0; first < n; first += STRETCH)
+            for (int c = 0; c < Cp; c += V) {
+                const int count = n - first < STRETCH ? n - first : STRETCH;
+                Product{a + c / V * plane + first * V, 0, b + first * V, V, plane, matrix + c * size_t(M), size_t(M), V, count}
+                    .template all<1, V, true>(V, M / V);
             }
     }
 
-    // sums (Cp, Cp) += a^T (Cp, n) @ b (n, Cp)
-    void outer(const float *a, const float *b, float *sums) const {
-        constexpr int ROWS = V < 8 ? V : 8;
-        for (int r = 0; r < Cp; r += ROWS)
-            for (int g = 0; g < Cp; g += V) {
-                vec sum[ROWS];
-#pragma GCC unroll 8
-                for (int j = 0; j < ROWS; j++) sum[j] = get(sums + size_t(r + j) * Cp + g);
-                for (int i = 0; i < n; i++) {
-                    const vec line = get(b + size_t(i) * Cp + g);
-#pragma GCC unroll 8
-                    for (int j = 0; j < ROWS; j++) sum[j] += a[size_t(i) * Cp + r + j] * line;
+    // Pooling goes along one axis of a group, then along the other: taps are `step` floats apart, pixels x, rows y.
+    struct Axis {
+        int rows, columns;
+        size_t y, x, step;
+    };
+    Axis across() const { return {Hp, w, size_t(Wp) * V, size_t(stride) * V, V}; }
+    Axis down() const { return {h, w, size_t(stride) * w * V, V, size_t(w) * V}; }
+    size_t half() const { return size_t(Hp) * w * V; } // of a group, after the first axis
+    size_t halfway() const { return pool ? padded(half() * (Cp / V)) : 0; }
+
+    void pool_axis(Axis axis, const float *x, float *y) const {
+        with_side(k, [&](auto K) { s.kind == MEAN ? pool_of<K.value, true>(axis, x, y) : pool_of<K.value, false>(axis, x, y); });
+    }
+    template <int K, bool MEANS> void pool_of(Axis axis, const float *x, float *y) const {
+        for (int r = 0; r < axis.rows; r++, x += axis.y)
+            for (int c = 0; c < axis.columns; c++, y += V) {
+                const float *from = x + c * axis.x;
+                vec v = get(from);
+#pragma GCC unroll 7
+                for (int i = 1; i < K; i++) {
+                    const vec u = get(from + i * axis.step);
+                    v = MEANS ? v + u : (u > v) | (u != u) ? u : v;
                 }
-#pragma GCC unroll 8
-                for (int j = 0; j < ROWS; j++) set(sums + size_t(r + j) * Cp + g, sum[j]);
+                set(y, v);
             }
     }
-
-    // Pixels of the window of an output pixel that are no padding.
-    int inside_window(int row, int column) const {
-        const int top = row * stride - pad, left = column * stride - pad;
-        const int bottom = top + k < H ? top + k : H, right = left + k < W ? left + k : W;
-        return (bottom - (top > 0 ? top : 0)) * (right - (left > 0 ? left : 0));
+    // Adds the gradient of y to that of x; that of a maximum goes to the first that has it.
+    void pool_axis_back(Axis axis, const float *x, const float *y, const float *grad_y, float *grad_x) const {
+        with_side(k, [&](auto K) {
+            s.kind == MEAN ? pool_back_of<K.value, true>(axis, x, y, grad_y, grad_x)
+                           : pool_back_of<K.value, false>(axis, x, y, grad_y, grad_x);
+        });
     }
-
-    // p (h, w) from x with its border, which holds -inf for MAX and 0 for MEAN
-    void pooling(const float *x, float *p) const {
+    template <int K, bool MEANS>
+    void pool_back_of(Axis axis, const float *x, const float *y, const float *grad_y, float *grad_x) const {
+        for (int r = 0; r < axis.rows; r++, x += axis.y, grad_x += axis.y)
+            for (int c = 0; c < axis.columns; c++, y += V, grad_y += V) {
+                const float *from = x + c * axis.x;
+                float *to = grad_x + c * axis.x;
+                const vec top = get(y);
+                vec left = get(grad_y);
+#pragma GCC unroll 7
+                for (int i = 0; i < K; i++, from += axis.step, to += axis.step) {
+                    if (MEANS) {
+                        set(to, get(to) + left);
+                        continue;
+                    }
+                    const auto here = get(from) == top;
+                    set(to, get(to) + (here ? left : vec{}));
+                    left = here ? vec{} : left;
+                }
+            }
+    }
+    // Divides by the pixels of each window that are no padding.
+    void average(float *p) const {
         for (int r = 0; r < h; r++)
-            for (int c = 0; c < w; c++, p += Cp) {
-                const float *from = x + (size_t(r) * Wp + c) * stride * Cp;
-                const float count = s.kind == MEAN ? inside_window(r, c) : 1;
-                for (int g = 0; g < Cp; g += V) {
-                    vec v = s.kind == MEAN ? vec{} : get(from + g);
-                    for (int i = 0; i < k; i++)
-                        for (int j = 0; j < k; j++) {
-                            const vec u = get(from + (size_t(i) * Wp + j) * Cp + g);
-                            v = s.kind == MEAN ? v + u : ((u > v) | (u != u)) ? u : v;
-                        }
-                    set(p + g, v / count);
-                }
-            }
+            for (int c = 0; c < w; c++, p += V) set(p, get(p) / float(extent(r, H) * extent(c, W)));
     }
-
-    // Adds the gradient of p to that of x with its border; that of a maximum goes to the first pixel that has it.
-    void pooling_back(const float *x, const float *p, const float *grad_p, float *grad) const {
-        for (int r = 0; r < h; r++)
-            for (int c = 0; c < w; c++, p += Cp, grad_p += Cp) {
-                const size_t start = (size_t(r) * Wp + c) * stride * Cp;
-                const float count = s.kind == MEAN ? inside_window(r, c) : 1;
-                for (int g = 0; g < Cp; g += V) {
-                    const vec zero = {}, top = get(p + g);
-                    vec left = get(grad_p + g) / count;
-                    for (int i = 0; i < k; i++)
-                        for (int j = 0; j < k; j++) {
-                            const size_t at = start + (size_t(i) * Wp + j) * Cp + g;
-                            if (s.kind == MEAN) {
-                                set(grad + at, get(grad + at) + left);
-                                continue;
-                            }
-                            const auto here = get(x + at) == top;
-                            set(grad + at, get(grad + at) + (here ? left : zero));
-                            left = here ? zero : left;
-                        }
-                }
-            }
+    int extent(int index, int size) const {
+        const int first = index * stride - pad, last = first + k < size ? first + k : size;
+        return last - (first > 0 ? first : 0);
+    }
+    void pooling(const float *x, float *between, float *p) const {
+        for (int g = 0; g < Cp / V; g++, x += frame, between += half(), p += np * V) {
+            pool_axis(across(), x, between);
+            pool_axis(down(), between, p);
+            if (s.kind == MEAN) average(p);
+        }
+    }
+    // grad_p is divided in place for MEAN
+    void pooling_back(const float *x, const float *p, float *grad_p, float *between, float *grad_between,
+                      float *grad) const {
+        memset(grad, 0, 4 * bordered), memset(grad_between, 0, 4 * halfway());
+        for (int g = 0; g < Cp / V; g++, x += frame, grad += frame, p += np * V, grad_p += np * V) {
+            if (s.kind == MEAN) average(grad_p);
+            else pool_axis(across(), x, between);
+            pool_axis_back(down(), between, p, grad_p, grad_between);
+            pool_axis_back(across(), x, between, grad_between, grad);
+            between += half(), grad_between += half();
+        }
     }
 
     // What lies around an image: zeros, or what no maximum can be.
@@ -290,67 +485,86 @@ template <typename vec> struct Operation {
         for (size_t i = 0; i < bordered; i++) border[i] = s.kind == MAX ? -INFINITY : 0;
     }
 
-    // Weights as the loops above want them: taps (k k, Cp), matrix (in, out); flipped and transposed for gradients.
+    // Weights as the loops above want them: taps (groups, k k, V), matrix (M, Cp); turned and transposed for gradients.
     struct Weights {
-        float *taps, *matrix, *flipped, *transposed;
+        float *taps, *matrix, *turned, *transposed;
     };
-    size_t weights_size() const { return conv ? 2 * padded(size_t(kk) * Cp) + 2 * padded(size_t(Cp) * Cp) : 0; }
+    size_t taps_size() const { return deep ? padded(size_t(kk) * Dp) : 0; }
+    size_t square() const { return conv ? padded(size_t(Cp) * M) : 0; }
 
-    Weights pack(const float *depthwise, const float *pointwise) const {
-        if (!conv) return {};
-        const size_t square = size_t(Cp) * Cp;
-        Weights p = {arena.take(kk * Cp), arena.take(square), arena.take(kk * Cp), arena.take(square)};
-        memset(p.taps, 0, 4 * kk * Cp), memset(p.flipped, 0, 4 * kk * Cp);
-        memset(p.matrix, 0, 4 * square), memset(p.transposed, 0, 4 * square);
-        for (int c = 0; c < C; c++) {
-            for (int t = 0; t < kk; t++)
-                p.taps[t * Cp + c] = p.flipped[(kk - 1 - t) * Cp + c] = depthwise[c * kk + t];
-            for (int o = 0; o < C; o++) p.matrix[c * Cp + o] = p.transposed[o * Cp + c] = pointwise[o * C + c];
-        }
+    Weights pack(bool backward) const {
+        Weights p = {arena.zeros(taps_size()), arena.zeros(square()), nullptr, nullptr};
+        if (backward) p.turned = arena.zeros(taps_size()), p.transposed = arena.zeros(square());
+        for (int t = 0; deep && t < kk; t++)
+            for (int d = 0; d < D; d++) {
+                p.taps[(d / V * kk + t) * V + d % V] = s.depthwise[d * kk + t];
+                if (backward) p.turned[(d / V * kk + kk - 1 - t) * V + d % V] = s.depthwise[d * kk + t];
+            }
+        for (int c = 0; conv && c < C; c++)
+            for (int d = 0; d < D; d++) {
+                const int m = d + second(c);
+                p.matrix[m * Cp + c] = s.pointwise[c * D + d];
+                if (backward) p.transposed[c * M + m] = s.pointwise[c * D + d];
+            }
         return p;
     }
 
-    // x of an image -> p (np, Cp). `border` gets x with its border of zeros, d (np, Cp) the depthwise convolution.
+    // Where d's channels for the channel c of p begin.
+    int second(int c) const { return halves && c >= C / 2 ? Dp : 0; }
+
+    // Scratch of a thread to project: x with its border, and d or what pooling has halfway.
+    size_t own() const { return conv || pool ? padded(bordered) + halfway() : 0; }
+
+    // x of an image -> p (np, Cp); d (np, Dp), kept by the caller, is filled where there is a depthwise convolution.
     const float *project(const float *x, const Weights &weights, float *border, float *d, float *p) const {
         if (!stored) return x;
         if (!conv && !pool) {
-            for (int i = 0; i < n; i++)
-                for (int g = 0; g < Cp; g += V) set(p + size_t(i) * Cp + g, get_channels(x + size_t(i) * C, g));
+            for (int g = 0; g < Cp; g += V)
+                each(C, n, g, 0, n, [to = p + g / V * plane, g, x](int64_t i, auto lanes, auto) {
+                    set(to + i * V, lanes.load(x + g, i));
+                });
             return p;
         }
         enclose(x, border);
         if (pool) {
-            pooling(border, p);
+            pooling(border, border + padded(bordered), p);
             return p;
         }
-        depthwise(border, weights.taps, d, h, w, w, stride);
-        matmul(d, weights.matrix, p);
+        if (deep) {
+            filter(border, weights.taps, d, size_t(np) * V, h, w, w, stride);
+            blank(d);
+        }
+        if (halves) {
+            each_half(border, d, [](const float *from, float *to) { set(to, get(from)); });
+            blank(d);
+        }
+        multiply(apart ? d : border, halves ? M : D, weights.matrix, p, Cp);
         return p;
+    }
+    // The pixels of d that only fill the last block.
+    void blank(float *d) const {
+        for (int g = 0; g < M / V; g++) memset(d + (size_t(g) * np + n) * V, 0, 4 * size_t(np - n) * V);
     }
 
     // Mean and sum of squared deviations of an image, each (Cp).
     void moments(const float *p, float *mean, float *squares) const {
-        for (int g = 0; g < Cp; g += V) {
-            vec even = {}, odd = {};
-            int i = 0;
-            for (; i + 2 <= n; i += 2) even += get(p + size_t(i) * Cp + g), odd += get(p + size_t(i + 1) * Cp + g);
-            if (i < n) even += get(p + size_t(i) * Cp + g);
-            const vec middle = (even + odd) / float(n);
-            even = odd = vec{};
-            for (i = 0; i + 2 <= n; i += 2) {
-                const vec u = get(p + size_t(i) * Cp + g) - middle, v = get(p + size_t(i + 1) * Cp + g) - middle;
-                even += u * u, odd += v * v;
-            }
-            if (i < n) {
-                const vec u = get(p + size_t(i) * Cp + g) - middle;
-                even += u * u;
-            }
-            set(mean + g, middle), set(squares + g, even + odd);
+        const int64_t row = this->row, count = n;
+        for (int g = 0; g < Cp; g += V, p += plane) {
+            vec sum[2] = {}, square[2] = {};
+            const auto total = [&](int64_t i, auto, auto parity) { sum[parity.value] += get(p + i * row); };
+            pairs(0, count, Own{row}, total);
+            const vec middle = (sum[0] + sum[1]) / float(count);
+            const auto deviation = [&](int64_t i, auto, auto parity) {
+                const vec gap = get(p + i * row) - middle;
+                square[parity.value] += gap * gap;
+            };
+            pairs(0, count, Own{row}, deviation);
+            set(mean + g, middle), set(squares + g, square[0] + square[1]);
         }
     }
 
     // From the moments of every image (B, 2, Cp) to mean and 1 / std of the batch; the running ones follow.
-    void statistics(const float *parts, float *mean, float *invstd, float *running_mean, float *running_var) const {
+    void statistics(const float *parts) const {
         const double images = s.batch, count = images * n;
         for (int c = 0; c < C; c++) {
             double middle = 0, squares = 0;
@@ -360,220 +574,239 @@ template <typename vec> struct Operation {
                 const double gap = parts[size_t(b) * 2 * Cp + c] - middle;
                 squares += parts[(size_t(b) * 2 + 1) * Cp + c] + n * gap * gap;
             }
-            mean[c] = float(middle), invstd[c] = float(1 / sqrt(squares / count + s.eps));
-            running_mean[c] += s.momentum * (float(middle) - running_mean[c]);
-            running_var[c] += s.momentum * (float(squares / (count - 1)) - running_var[c]);
+            s.statistics[c] = float(middle), s.statistics[C + c] = float(1 / sqrt(squares / count + s.eps));
+            s.running_mean[c] += float(s.momentum * (middle - s.running_mean[c]));
+            s.running_var[c] += float(s.momentum * (squares / (count - 1) - s.running_var[c]));
+        }
+        if (s.momentum != 0) ++*s.tracked;
+    }
+    void given_statistics() const {
+        for (int c = 0; c < C; c++) {
+            s.statistics[c] = s.running_mean ? s.running_mean[c] : 0;
+            s.statistics[C + c] = s.running_mean ? float(1 / sqrt(double(s.running_var[c]) + s.eps)) : 1;
         }
     }
+
+    float scale() const { return s.scale ? *s.scale : 1; }
+    float gamma(int c) const { return s.gamma ? s.gamma[c] : 1; }
+    float keep(int image) const { return s.keep ? s.keep[image] : 1; }
 
     // a and b of y = a p + b, each (Cp), zero in the padding
-    void affine(const float *gamma, const float *beta, const float *mean, const float *invstd, float *a, float *b) const {
-        memset(a, 0, 4 * Cp), memset(b, 0, 4 * Cp);
+    void affine(float *a, float *b) const {
         for (int c = 0; c < C; c++) {
-            a[c] = (gamma ? gamma[s.scalar ? 0 : c] : 1) * invstd[c];
-            b[c] = (beta ? beta[c] : 0) - a[c] * mean[c];
+            a[c] = scale() * gamma(c) * s.statistics[C + c];
+            b[c] = scale() * (s.beta ? s.beta[c] : 0) - a[c] * s.statistics[c];
         }
     }
 
-    void finish(const float *p, const float *a, const float *b, float *out) const {
-        const vec zero = {};
-        for (int i = 0; i < n; i++, p += Cp, out += C)
-            for (int g = 0; g < Cp; g += V) {
-                vec y = get(a + g) * get(p + g) + get(b + g);
-                if (s.relu) y = y <= zero ? zero : y;
-                if (s.accumulate) y += get_channels(out, g);
-                set_channels(out, g, y);
-            }
+    void finish(const float *p, const float *a, const float *b, float keep, float *out) const {
+        const bool add = s.accumulate;
+        const int64_t row = this->row;
+        for (int g = 0; g < Cp; g += V, p += plane) {
+            const vec slope = keep * get(a + g), shift = keep * get(b + g);
+            each(C, n, g, 0, n, [=](int64_t i, auto lanes, auto) {
+                const vec y = slope * get(p + i * row) + shift;
+                lanes.store(out + g, i, add ? y + lanes.load(out + g, i) : y);
+            });
+        }
     }
 
-    int forward(const float *x, const float *depthwise, const float *pointwise, const float *gamma, const float *beta,
-                float *mean, float *invstd, float *running_mean, float *running_var, int64_t *tracked, float *out) const {
-        const size_t own = conv || pool ? padded(bordered) + padded(pixels) : 0;
-        const size_t all = stored ? padded(s.batch * pixels) : 0;
-        if (!arena.reserve(weights_size() + 2 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + all + s.threads * own))
+    int forward() const {
+        const size_t all = stored ? padded(s.batch * pixels) : 0, deeper = apart ? padded(filtered) : 0;
+        const size_t mine = own() + deeper;
+        if (!arena.reserve(taps_size() + square() + 2 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + all +
+                           s.threads * mine))
             return 1;
-        const Weights weights = pack(depthwise, pointwise);
-        float *a = arena.take(Cp), *b = arena.take(Cp), *parts = arena.take(size_t(s.batch) * 2 * Cp);
-        float *projected = arena.take(all), *owned = arena.take(s.threads * own);
+        const Weights weights = pack(false);
+        float *a = arena.zeros(Cp), *b = arena.zeros(Cp), *parts = arena.take(size_t(s.batch) * 2 * Cp);
+        float *projected = arena.take(all), *owned = arena.take(s.threads * mine);
 
 #pragma omp parallel num_threads(s.threads)
         {
-            float *border = owned + omp_get_thread_num() * own, *d = border + padded(bordered);
-            if (own) {
-                clear(border);
-                memset(d, 0, 4 * pixels); // the pixels that only fill the last block stay zero
-            }
+            float *border = owned + omp_get_thread_num() * mine, *d = border + own();
+            if (mine) clear(border);
 #pragma omp for schedule(static)
             for (int i = 0; i < s.batch; i++) {
-                const float *p = project(x + i * input * C, weights, border, d, projected + (stored ? i * pixels : 0));
+                const float *p = project(s.x + i * input, weights, border, d, projected + (stored ? i * pixels : 0));
                 float *part = parts + size_t(i) * 2 * Cp;
                 if (s.training) moments(p, part, part + Cp);
             }
 #pragma omp single
             {
-                if (s.training) {
-                    statistics(parts, mean, invstd, running_mean, running_var);
-                    if (s.momentum) ++*tracked;
-                }
-                affine(gamma, beta, mean, invstd, a, b);
+                s.training ? statistics(parts) : given_statistics();
+                affine(a, b);
             }
 #pragma omp for schedule(static)
             for (int i = 0; i < s.batch; i++)
-                finish(stored ? projected + i * pixels : x + i * input * C, a, b, out + size_t(i) * n * C);
+                finish(stored ? projected + i * pixels : s.x + i * input, a, b, keep(i), s.out + size_t(i) * n * C);
         }
         return 0;
     }
 
-    // The gradient of a pixel's y, zero where ReLU cut it off.
-    vec upstream(const float *grad, const float *p, const float *a, const float *b, int g) const {
-        const vec up = get_channels(grad, g), zero = {};
-        return s.relu ? (get(a + g) * get(p + g) + get(b + g) <= zero ? zero : up) : up;
-    }
-
-    // Sums over an image of the gradient and of the gradient times normalised p, each (Cp).
-    void sums(const float *grad, const float *p, const float *a, const float *b, const float *mean, const float *invstd,
-              float *sum, float *product) const {
-        for (int g = 0; g < Cp; g += V) {
-            vec total = {}, weighted = {};
-            for (int i = 0; i < n; i++) {
-                const float *at = p + size_t(i) * Cp;
-                const vec up = upstream(grad + size_t(i) * C, at, a, b, g);
-                total += up, weighted += up * (get(at + g) - get(mean + g));
-            }
-            set(sum + g, total), set(product + g, weighted * get(invstd + g));
+    // Sums over an image of y's gradient and of it times normalised p, each (Cp).
+    void sums(const float *grad, const float *p, const float *mean, const float *invstd, float keep, float *sum,
+              float *product) const {
+        const int64_t row = this->row;
+        for (int g = 0; g < Cp; g += V, p += plane) {
+            const vec middle = get(mean + g);
+            vec total[2] = {}, weighted[2] = {};
+            each(C, n, g, 0, n, [&](int64_t i, auto lanes, auto parity) {
+                const vec up = lanes.load(grad + g, i);
+                total[parity.value] += up, weighted[parity.value] += up * (get(p + i * row) - middle);
+            });
+            set(sum + g, keep * (total[0] + total[1]));
+            set(product + g, keep * (weighted[0] + weighted[1]) * get(invstd + g));
         }
     }
 
-    int backward(const float *x, const float *depthwise, const float *pointwise, const float *gamma, const float *beta,
-                 const float *mean, const float *invstd, const float *grad, float *grad_x, float *grad_depthwise,
-                 float *grad_pointwise, float *grad_gamma, float *grad_beta) const {
+    int backward() const {
         const int chunks = s.batch < CHUNKS ? s.batch : CHUNKS;
-        const size_t square = size_t(Cp) * Cp, part = conv ? padded(kk * Cp) + padded(square) : 0;
-        const size_t own = conv || pool ? 2 * padded(bordered) + 2 * padded(pixels) : 0;
-        const size_t all = stored ? padded(s.batch * pixels) : 0, all_d = conv ? all : 0;
-        if (!arena.reserve(weights_size() + 6 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + padded(chunks * part) +
-                           all + all_d + s.threads * own))
+        const size_t part = taps_size() + square(), gradients = conv || pool ? padded(pixels) : 0;
+        const size_t deeper = conv ? padded(filtered) : 0, mine = own() + (conv || pool ? padded(bordered) : 0) +
+                                                                  halfway() + gradients + deeper;
+        const size_t all = stored ? padded(s.batch * pixels) : 0, all_d = apart ? padded(s.batch * filtered) : 0;
+        if (!arena.reserve(2 * part + 6 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + chunks * part + all + all_d +
+                           s.threads * mine))
             return 1;
-        const Weights weights = pack(depthwise, pointwise);
-        float *a = arena.take(Cp), *b = arena.take(Cp), *centre = arena.take(Cp), *scale = arena.take(Cp);
-        float *slope = arena.take(Cp), *shift = arena.take(Cp); // gradient of p = a up + slope (p - mean) + shift
-        float *parts = arena.take(size_t(s.batch) * 2 * Cp), *partial = arena.take(chunks * part);
-        float *projected = arena.take(all), *filtered = arena.take(all_d), *owned = arena.take(s.threads * own);
-        memset(partial, 0, 4 * chunks * part);
-        memset(centre, 0, 4 * Cp), memset(scale, 0, 4 * Cp), memset(slope, 0, 4 * Cp), memset(shift, 0, 4 * Cp);
-        memcpy(centre, mean, 4 * C), memcpy(scale, invstd, 4 * C);
-        affine(gamma, beta, mean, invstd, a, b);
-        double products = 0; // over all channels: the gradient of a scalar gamma
+        const Weights weights = pack(true);
+        float *a = arena.zeros(Cp), *b = arena.zeros(Cp), *mean = arena.zeros(Cp), *invstd = arena.zeros(Cp);
+        float *slope = arena.zeros(Cp), *shift = arena.zeros(Cp); // gradient of p = a up + slope (p - mean) + shift
+        float *parts = arena.take(size_t(s.batch) * 2 * Cp), *partial = arena.zeros(chunks * part);
+        float *projected = arena.take(all), *depths = arena.take(all_d), *owned = arena.take(s.threads * mine);
+        memcpy(mean, s.statistics, 4 * C), memcpy(invstd, s.statistics + C, 4 * C);
+        affine(a, b);
 
 #pragma omp parallel num_threads(s.threads)
         {
-            float *border = owned + omp_get_thread_num() * own, *grad_border = border + padded(bordered);
-            float *grad_p = grad_border + padded(bordered), *grad_d = grad_p + padded(pixels);
-            if (own) {
+            float *border = owned + omp_get_thread_num() * mine, *between = border + padded(bordered);
+            float *grad_border = border + own(), *grad_between = grad_border + padded(bordered);
+            float *grad_p = grad_between + halfway(), *grad_d = grad_p + gradients;
+            if (mine) {
                 clear(border);
-                memset(grad_border, 0, 4 * (own - padded(bordered)));
+                memset(grad_border, 0, 4 * (mine - own()));
             }
 #pragma omp for schedule(static)
             for (int i = 0; i < s.batch; i++) {
-                const float *p = project(x + i * input * C, weights, border, filtered + (conv ? i * pixels : 0),
+                const float *p = project(s.x + i * input, weights, border, depths + (apart ? i * filtered : 0),
                                          projected + (stored ? i * pixels : 0));
                 float *both = parts + size_t(i) * 2 * Cp;
-                sums(grad + size_t(i) * n * C, p, a, b, centre, scale, both, both + Cp);
+                sums(s.grad + size_t(i) * n * C, p, mean, invstd, keep(i), both, both + Cp);
             }
 #pragma omp single
-            for (int c = 0; c < C; c++) {
-                double sum = 0, product = 0;
-                const double count = double(s.batch) * n;
-                for (int i = 0; i < s.batch; i++) {
-                    sum += parts[size_t(i) * 2 * Cp + c], product += parts[(size_t(i) * 2 + 1) * Cp + c];
-                }
-                if (grad_beta) grad_beta[c] = float(sum);
-                products += product;
-                if (grad_gamma && !s.scalar) grad_gamma[c] = float(product);
-                if (!s.training) continue; // the statistics do not depend on x
-                slope[c] = float(-a[c] * invstd[c] * product / count), shift[c] = float(-a[c] * sum / count);
-            }
+            combine(parts, a, slope, shift);
 #pragma omp for schedule(static)
             for (int chunk = 0; chunk < chunks; chunk++)
                 for (int i = chunk * s.batch / chunks; i < (chunk + 1) * s.batch / chunks; i++) {
-                    const float *image = x + i * input * C, *p = stored ? projected + i * pixels : image;
-                    const float *up = grad + size_t(i) * n * C;
-                    for (int pixel = 0; pixel < n; pixel++)
-                        for (int g = 0; g < Cp; g += V) {
-                            const float *at = p + size_t(pixel) * Cp;
-                            const vec v = get(a + g) * upstream(up + size_t(pixel) * C, at, a, b, g) +
-                                          get(slope + g) * (get(at + g) - get(centre + g)) + get(shift + g);
-                            if (conv || pool)
-                                set(grad_p + size_t(pixel) * Cp + g, v);
-                            else
-                                set_channels(grad_x + (i * input + pixel) * C, g, v);
-                        }
-                    float *result = grad_x + i * input * C;
+                    const float *image = s.x + i * input, *p = stored ? projected + i * pixels : image;
+                    float *result = s.grad_x + i * input;
+                    gradient(s.grad + size_t(i) * n * C, p, a, mean, slope, shift, keep(i), grad_p, result);
+                    if (!conv && !pool) continue;
+                    enclose(image, border);
                     if (pool) {
-                        enclose(image, border);
-                        memset(grad_border, 0, 4 * bordered);
-                        pooling_back(border, p, grad_p, grad_border);
+                        pooling_back(border, p, grad_p, between, grad_between, grad_border);
                         extract(grad_border, image, result);
-                    } else if (conv) {
-                        float *sum_taps = partial + chunk * part, *sum_matrix = sum_taps + padded(kk * Cp);
-                        outer(grad_p, filtered + i * pixels, sum_matrix);
-                        matmul(grad_p, weights.transposed, grad_d);
-                        enclose(image, border);
-                        depthwise_weights(border, grad_d, sum_taps);
+                        continue;
+                    }
+                    float *taps = partial + chunk * part, *matrix = taps + taps_size();
+                    const float *d = apart ? depths + i * filtered : border;
+                    outer(grad_p, d, matrix);
+                    multiply(grad_p, C, weights.transposed, grad_d, M);
+                    if (deep) {
+                        correlate(border, grad_d, taps);
                         // x's gradient: a plain convolution of d's, spread over the strides, with turned taps
                         spread(grad_d, grad_border);
-                        this->depthwise(grad_border, weights.flipped, inside(border), H, W, Wp, 1);
-                        extract(border, image, result);
+                        filter(grad_border, weights.turned, inside(border), frame, H, W, Wp, 1);
                     }
+                    if (halves) each_half(grad_border, grad_d, [](float *to, const float *from) { set(to, get(from)); });
+                    extract(deep ? border : halves ? grad_border : grad_d, image, result);
                 }
-        }
-        if (grad_gamma && s.scalar) *grad_gamma = float(products);
-        if (!conv) return 0;
-        for (int c = 0; c < C; c++) {
-            for (int t = 0; t < kk; t++) grad_depthwise[c * kk + t] = total(partial + t * Cp + c, chunks, part);
-            for (int i = 0; i < C; i++) // (out, in)
-                grad_pointwise[c * C + i] = total(partial + padded(kk * Cp) + size_t(c) * Cp + i, chunks, part);
+            if (conv) collect(partial, chunks, part);
         }
         return 0;
     }
 
-    static float total(const float *first, int chunks, size_t part) {
-        double sum = 0;
-        for (int chunk = 0; chunk < chunks; chunk++) sum += first[chunk * part];
-        return float(sum);
+    // The sums over the images (B, 2, Cp): gradients of gamma, beta and scale, and what the statistics pass on.
+    void combine(const float *parts, const float *a, float *slope, float *shift) const {
+        const double count = double(s.batch) * n;
+        double products = 0; // the gradient of scale
+        for (int c = 0; c < C; c++) {
+            double sum = 0, product = 0;
+            for (int i = 0; i < s.batch; i++) {
+                sum += parts[size_t(i) * 2 * Cp + c], product += parts[(size_t(i) * 2 + 1) * Cp + c];
+            }
+            if (s.grad_gamma) s.grad_gamma[c] = float(scale() * product);
+            if (s.grad_beta) s.grad_beta[c] = float(scale() * sum);
+            products += gamma(c) * product + (s.beta ? s.beta[c] * sum : 0);
+            if (!s.training) continue; // the statistics do not depend on x
+            slope[c] = float(-a[c] * s.statistics[C + c] * product / count), shift[c] = float(-a[c] * sum / count);
+        }
+        if (s.grad_scale) *s.grad_scale = float(products);
+    }
+
+    // The gradient of p of an image, into grad_p (np, Cp) or, where p is x, into x's.
+    void gradient(const float *grad, const float *p, const float *a, const float *mean, const float *slope,
+                  const float *shift, float keep, float *grad_p, float *grad_x) const {
+        const bool inner = conv || pool, add = s.accumulate;
+        const int64_t row = this->row;
+        for (int g = 0; g < Cp; g += V, p += plane, grad_p += inner ? np * V : 0) {
+            const vec times = keep * get(a + g), steep = get(slope + g), fixed = get(shift + g) - steep * get(mean + g);
+            each(C, n, g, 0, n, [=](int64_t i, auto lanes, auto) {
+                const vec v = times * lanes.load(grad + g, i) + (steep * get(p + i * row) + fixed);
+                if (inner) set(grad_p + i * V, v);
+                else lanes.store(grad_x + g, i, add ? v + lanes.load(grad_x + g, i) : v);
+            });
+        }
+    }
+
+    // The partial sums of the chunks to the gradients of the weights, in parallel over their rows.
+    void collect(const float *partial, int chunks, size_t part) const {
+        auto total = [&](const float *at) {
+            vec sum = {};
+            for (int chunk = 0; chunk < chunks; chunk++) sum += get(at + chunk * part);
+            return sum;
+        };
+        if (deep)
+#pragma omp for schedule(static) nowait
+            for (int t = 0; t < kk; t++)
+                for (int g = 0; g < Dp; g += V) {
+                    const vec sum = total(partial + g * kk + t * V);
+                    for (int j = 0; j < V && g + j < D; j++) s.grad_depthwise[(g + j) * kk + t] = sum[j];
+                }
+#pragma omp for schedule(static) nowait
+        for (int c = 0; c < C; c++)
+            for (int g = 0; g < Dp; g += V) {
+                const vec sum = total(partial + taps_size() + size_t(c) * M + second(c) + g);
+                memcpy(s.grad_pointwise + size_t(c) * D + g, &sum, 4 * (D - g < V ? D - g : V));
+            }
     }
 };
 
-template <typename Call> int with_width(int channels, Call call) {
-    if (channels <= 4) return call(vec4());
-    if (channels <= 8) return call(vec8());
-    return call(vec16());
+template <typename Call> int with_width(const Part &part, Call call) {
+    const int64_t fewest = part.channels < part.inputs ? part.channels : part.inputs;
+    if constexpr (WIDEST >= 16)
+        if (fewest > 8) return call(Kernel<16>(part));
+    if constexpr (WIDEST >= 8)
+        if (fewest > 4) return call(Kernel<8>(part));
+    return call(Kernel<4>(part));
 }
 
 } // namespace
 
 extern "C" {
 
-// gamma and beta may be NULL. statistics: mean and 1 / std (2, C), written in training, else read.
-// Returns 0, or 1 where memory is lacking.
-int operation_forward(const Shape *s, const float *x, const float *depthwise, const float *pointwise,
-                      const float *gamma, const float *beta, float *statistics, float *running_mean, float *running_var,
-                      int64_t *tracked, float *out) {
-    return with_width(s->channels, [&](auto width) {
-        return Operation<decltype(width)>(*s).forward(x, depthwise, pointwise, gamma, beta, statistics,
-                                                      statistics + s->channels, running_mean, running_var, tracked, out);
-    });
+// Each takes the parts in the order in which they are to be worked on; returns 1 where memory is lacking, else 0.
+int parts_forward(const Part *parts, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (with_width(parts[i], [](const auto &kernel) { return kernel.forward(); })) return 1;
+    return 0;
 }
 
-// Gradients of x, both weights, gamma and beta (unless NULL) from that of y; d and p are computed again from x.
-int operation_backward(const Shape *s, const float *x, const float *depthwise, const float *pointwise,
-                       const float *gamma, const float *beta, const float *statistics, const float *grad, float *grad_x,
-                       float *grad_depthwise, float *grad_pointwise, float *grad_gamma, float *grad_beta) {
-    return with_width(s->channels, [&](auto width) {
-        return Operation<decltype(width)>(*s).backward(x, depthwise, pointwise, gamma, beta, statistics,
-                                                       statistics + s->channels, grad, grad_x, grad_depthwise,
-                                                       grad_pointwise, grad_gamma, grad_beta);
-    });
+int parts_backward(const Part *parts, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (with_width(parts[i], [](const auto &kernel) { return kernel.backward(); })) return 1;
+    return 0;
 }
+
+int vector_width() { return WIDEST; }
 
 }

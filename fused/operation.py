@@ -1,319 +1,257 @@
-"""Batch norm with the half of a separable convolution, or the pooling, before it: fused CPU kernels (kernels.cpp).
+"""Operations of a cell as fused CPU kernels (kernels.cpp): the call, its checks, its gradient.
 
 The layout trick, explained once. A supernet spends its time on (ReLU,) depthwise, pointwise, batch norm. As library
 calls these read and write every intermediate tensor from and to memory, and two of their backward passes, the
 depthwise weight gradient and batch norm in channels_last, run ten times slower than memory allows. Here one call does
-all of a half, image by image, so that intermediates stay in the cache of a core; it adds Z_k BN(...) to the sum of the
-node in place; and for the backward pass it keeps its input alone, which all edges that leave a state share, and
-computes the two intermediates again, for less than reading them back would cost.
+all operations of an edge, a part at a time (a separable convolution has two), image by image, so that intermediates
+stay in the cache of a core; it adds Z_k BN(...) to the sum of the node, and the gradients of the operations to that of
+their common input, in place; and for the backward pass it keeps the inputs of the parts alone, which all edges that
+leave a state share, and computes the two intermediates again, for less than reading them back would cost.
 
-The source is compiled with the C++ compiler of the machine at the first use and kept in ~/.cache/snas. Where there is
-none, on other devices, for other types than float32 and for export, callers use PyTorch's own operations: `usable`
-says which. Results agree to float32 rounding and do not depend on the number of threads.
+Where the kernels do not work (`usable`) callers use PyTorch's own operations. Results agree to float32 rounding and do
+not depend on the number of threads.
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+from fused import build
+
 KERNELS = (1, 3, 5, 7)  # sides that are compiled
 enabled = True  # set to False to use PyTorch's operations throughout
-_loaded = False  # for compiled code, which cannot load them
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels")),
-        *((name, ctypes.c_int32) for name in ("kind", "kernel", "stride", "dilation")),
-        *((name, ctypes.c_int32) for name in ("training", "relu", "accumulate", "threads", "relu_first", "scalar")),
-        ("momentum", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    )
+NOTHING, CONV, MAX, MEAN, HALVES = range(5)  # as in kernels.cpp
 
 
-class Way(NamedTuple):
-    """The way from the input of an operation to its batch norm: what stands before it."""
+class Part(NamedTuple):
+    """A way from an input to a batch norm, and the batch norm."""
 
-    kind: int = 0  # one of the below
+    kind: int  # one of the above
     kernel: int = 1  # k
     stride: int = 1
     dilation: int = 1
     relu: bool = False  # before a convolution
+    depthwise: Tensor | None = None  # (D, 1, k, k)
+    pointwise: Tensor | None = None  # (C, D, 1, 1), of a convolution
+    norm: nn.BatchNorm2d | None = None  # without one the part is the identity
 
 
-NOTHING, CONV, MAX, MEAN = range(4)  # as in kernels.cpp
+Operation = Sequence[Part]  # one part after the other
+Shape = tuple[int, ...]  # B, channels, H, W
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be compiled."""
-    global _loaded
-    # The OpenMP that torch itself has loaded: a second one would fight with it for the cores
-    openmp = [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))]
-    command = [os.environ.get("CXX", "c++"), *_FLAGS, str(SOURCE), *openmp]
-    key = repr((SOURCE.read_bytes(), command, platform.machine(), _processor()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "snas"
-    path = folder / f"kernels-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.so"
+class _Part(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "inputs", "channels")),
+        *((name, ctypes.c_int64) for name in ("kind", "kernel", "stride", "dilation", "relu")),
+        *((name, ctypes.c_int64) for name in ("training", "accumulate", "threads")),
+        ("momentum", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("x", "depthwise", "pointwise", "gamma", "beta", "scale", "keep")),
+        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var", "tracked", "statistics", "out")),
+        *((name, ctypes.c_void_p) for name in ("grad", "grad_x", "grad_depthwise", "grad_pointwise")),
+        *((name, ctypes.c_void_p) for name in ("grad_gamma", "grad_beta", "grad_scale")),
+    )
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Inside, the kernels are enabled or not."""
+    global enabled
+    before, enabled = enabled, on
     try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                made = Path(temporary) / path.name
-                subprocess.run([*command, "-o", str(made)], check=True, capture_output=True)
-                os.replace(made, path)
-        _keep_memory()
-        found = ctypes.CDLL(str(path))
-        found.operation_forward.argtypes = [ctypes.c_void_p] * 11
-        found.operation_backward.argtypes = [ctypes.c_void_p] * 13
-        _loaded = True
-        return found
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _keep_memory() -> None:
-    """Tell glibc to keep freed memory instead of giving it back: fetching it again costs a twentieth of a step."""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_TRIM_THRESHOLD, ... of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**26), (mmap_threshold, 2**30)):
-            mallopt(parameter, value)
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        yield
+    finally:
+        enabled = before
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels can work on x (B, C, H, W): a plain float32 tensor of the CPU that is not being exported."""
+    """Whether the kernels can work on x (B, C, H, W): a plain float32 tensor of the CPU, in eager mode."""
     return (
         enabled
         and type(x) is Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and not torch.is_autocast_enabled("cpu")
         and x.numel() > 0
-        and (_loaded if torch.compiler.is_compiling() else library() is not None)
+        and build.library() is not None
     )
 
 
-def operation(
+def apply(
     x: Tensor,
-    module: nn.BatchNorm2d,
-    way: Way = Way(),
-    weights: tuple[Tensor, Tensor] | None = None,
-    scale: Tensor | None = None,
+    operations: Sequence[Operation],
+    scales: Tensor | None = None,
+    places: Sequence[int] = (),
     total: Tensor | None = None,
-    relu: bool = False,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """BN(way(x)), max(BN(way(x)), 0), or total + scale * BN(way(x)), the latter in place.
+    """total + keep * sum_k scales[places[k]] * operations[k](x), in place; without a total a new tensor.
 
     Args:
-        x: (B, C, H, W).
-        module: the statistics and, without a scale, the affine weights.
-        way: what comes before the batch norm.
-        weights: of a convolution: depthwise (C, 1, k, k) and pointwise (C, C, 1, 1).
-        scale: a scalar.
-        total: (B, C, ceil(H / stride), ceil(W / stride)).
-        relu: cut off the result below zero.
+        x: (B, D, H, W).
+        operations: at least one; all give (B, C, ceil(H / stride), ceil(W / stride)).
+        scales: (O,); 1 if None.
+        places: where the scale of each operation is.
+        total: the sum so far, of the result's shape, channels_last.
+        keep: a factor for each image, (B, 1, 1, 1).
+    Raises:
+        ValueError: shapes, memory layouts or kernel sizes do not go together, or there is one value a channel.
+        TypeError: a tensor is not float32 or not on the CPU.
     """
-    assert way.kernel in KERNELS
-    gamma, beta = (module.weight, module.bias) if scale is None else (scale, None)
-    assert module.running_mean is not None and module.running_var is not None and module.momentum is not None
-    assert module.num_batches_tracked is not None
-    tensors = (x, *(weights or (None, None)), gamma, beta, total)
-    state = (module.running_mean, module.running_var, module.num_batches_tracked)
-    settings = [*way[:4], way.relu, module.training, relu]
-    if torch.compiler.is_compiling():
-        y, _, running = _traced(*tensors, *state[:2], settings, module.momentum, module.eps)
-        if module.training:
-            state[0].copy_(running[0].detach())
-            state[1].copy_(running[1].detach())
-            state[2].add_(1 if module.momentum else 0)
-        return y
-    return _Operation.apply(*tensors, state, settings, module.momentum, module.eps)
+    parts = [part for operation in operations for part in operation]
+    tensors = [t for p in parts for t in (p.depthwise, p.pointwise, *_affine(p.norm))]
+    return _Apply.apply(x, scales, total, keep, tuple(operations), tuple(places), *tensors)
 
 
-Optionals = Sequence[Tensor | None]
+def _affine(norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm.weight, norm.bias)
 
 
-def _forward(
-    inputs: Optionals, out: Tensor, accumulate: bool, state: Optionals, settings: list[int], momentum: float, eps: float
-) -> tuple[_Shape, Tensor]:
-    """Fill `out`; inputs are x, depthwise, pointwise, gamma and beta. Returns the shape and mean and 1 / std (2, C)."""
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    shape = _shape(inputs, settings, accumulate, momentum, eps)
-    if shape.training and out.numel() // shape.channels < 2:
-        raise ValueError(f"batch norm needs more than one value a channel in training, got {tuple(out.shape)}")
-    mean, var, _ = state
-    assert mean is not None and var is not None
-    statistics = torch.empty(2, shape.channels) if shape.training else torch.stack([mean, (var + eps).rsqrt()])
-    _call("operation_forward", shape, *inputs, statistics, *state, out)
-    return shape, statistics
+def _check(name: str, t: Tensor | None, shape: tuple[int, ...], images: bool = False) -> None:
+    """Nothing that the kernels would misread leaves Python."""
+    if t is None:
+        return
+    if t.dtype != torch.float32 or t.device.type != "cpu":
+        raise TypeError(f"{name} is {t.dtype} on {t.device}, the kernels need torch.float32 on the CPU")
+    if t.shape != shape:
+        raise ValueError(f"{name} has the shape {tuple(t.shape)}, not {shape}")
+    if not t.is_contiguous(memory_format=torch.channels_last if images else torch.contiguous_format):
+        raise ValueError(f"{name} is not {'channels_last' if images else 'contiguous'} in memory")
 
 
-def _shape(inputs: Optionals, settings: list[int], accumulate: bool, momentum: float, eps: float) -> _Shape:
-    x, gamma = inputs[0], inputs[3]
-    assert x is not None
-    *way, relu_first, training, relu = settings
-    batch, channels, height, width = x.shape
-    scalar = gamma is not None and gamma.dim() == 0
-    return _Shape(
-        batch, height, width, channels, *way, training, relu, accumulate, torch.get_num_threads(), relu_first, scalar,
-        momentum, eps,
-    )  # fmt: skip
+def _check_part(shape: Shape, part: Part) -> Shape:
+    """Weights and statistics of a part that is given `shape`; returns its output's."""
+    batch, inputs, height, width = shape
+    if part.kernel not in KERNELS or part.stride not in (1, 2) or part.kernel + part.dilation not in range(2, 9):
+        raise ValueError(f"no kernel for {part.kernel}x{part.kernel}, stride {part.stride}, dilation {part.dilation}")
+    channels, plain = inputs, part.kernel == part.stride == part.dilation == 1
+    if part.kind == CONV and part.pointwise is not None and (plain if part.depthwise is None else part.kernel > 1):
+        channels = part.pointwise.shape[0]
+        _check("the depthwise weight", part.depthwise, (inputs, 1, part.kernel, part.kernel))
+        _check("the pointwise weight", part.pointwise, (channels, inputs, 1, 1))
+    elif part.kind == HALVES and part.pointwise is not None and (part.kernel, part.stride, part.dilation) == (1, 2, 1):
+        channels = part.pointwise.shape[0]
+        _check("the pointwise weight", part.pointwise, (channels, inputs, 1, 1))
+    elif not (plain if part.kind == NOTHING else part.kind in (MAX, MEAN) and part.kernel > 1 == part.dilation):
+        raise ValueError(f"no such part: {part}")
+    shape = (batch, channels, -(-height // part.stride), -(-width // part.stride))
+    norm = part.norm
+    if norm is not None:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            _check(f"batch norm's {name}", getattr(norm, name), (channels,))
+        count = norm.num_batches_tracked
+        if norm.running_var is None or norm.momentum is None or count is None or count.dtype != torch.int64:
+            raise ValueError("batch norm has to track its statistics with a momentum")
+        if norm.training and batch * shape[2] * shape[3] < 2:
+            raise ValueError(f"batch norm needs more than one value a channel in training, got {shape}")
+    return shape
 
 
-def _backward(shape: _Shape, inputs: Optionals, statistics: Tensor, grad: Tensor) -> Optionals:
-    """The gradients of the inputs of _forward from that of its output."""
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    grads = [None if t is None else torch.empty_like(t) for t in inputs]
-    _call("operation_backward", shape, *inputs, statistics, grad, *grads)
-    return grads
-
-
-def _laid_out(x: Tensor, depthwise: Tensor | None, pointwise: Tensor | None, *others: Tensor | None) -> Optionals:
-    """Tensors as the kernels want them in memory."""
-    weights = (None if w is None else w.contiguous() for w in (depthwise, pointwise))
-    return (x.contiguous(memory_format=torch.channels_last), *weights, *others)
-
-
-def _new_output(x: Tensor, stride: int) -> Tensor:
-    batch, channels, height, width = x.shape
-    size = (batch, channels, -(-height // stride), -(-width // stride))
-    return torch.empty(size, memory_format=torch.channels_last, device=x.device)
-
-
-class _Operation(torch.autograd.Function):
+class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        depthwise: Tensor | None,
-        pointwise: Tensor | None,
-        gamma: Tensor | None,  # (C,), or () for all channels
-        beta: Tensor | None,
+        scales: Tensor | None,  # (O,)
         total: Tensor | None,
-        state: Optionals,  # running mean, running variance, number of batches
-        settings: list[int],
-        momentum: float,
-        eps: float,
+        keep: Tensor | None,
+        operations: Sequence[Operation],
+        places: Sequence[int],
+        *tensors: Tensor | None,  # depthwise, pointwise, gamma and beta of every part
     ) -> Tensor:
-        out = _new_output(x, settings[2]) if total is None else total
-        inputs = _laid_out(x, depthwise, pointwise, gamma, beta)
-        ctx.shape, statistics = _forward(inputs, out, total is not None, state, settings, momentum, eps)
+        x = x.contiguous(memory_format=torch.channels_last)
+        _check("the input", x, (*x.shape[:1], *x.shape[1:]), images=True)
+        _check("keep", keep, (len(x), 1, 1, 1))
+        if scales is not None:
+            _check("Z", scales, (scales.numel(),))
+            if len(places) != len(operations) or not all(0 <= place < len(scales) for place in places):
+                raise ValueError(f"{len(operations)} operations have the places {places} in Z of {len(scales)}")
+        shapes = [list(accumulate(operation, _check_part, initial=tuple(x.shape))) for operation in operations]
+        out = torch.empty(shapes[0][-1], memory_format=torch.channels_last) if total is None else total
+        if total is not None and _overlap(total, x):
+            raise ValueError("the sum and the input share their memory")
+        statistics = torch.empty(sum(map(len, operations)), 2, max(s[1] for every in shapes for s in every))
+        table: list[_Part] = []
+        states: list[Tensor] = []  # the input of every part
+        for number, (operation, sizes) in enumerate(zip(operations, shapes, strict=True)):
+            _check("the sum", out, sizes[-1], images=True)
+            for index, (part, size) in enumerate(zip(operation, sizes[1:], strict=True)):
+                last, norm, at = index + 1 == len(operation), part.norm, 4 * len(table)
+                states.append(states_out if index else x)
+                states_out = out if last else torch.empty(size, memory_format=torch.channels_last)
+                row = _Part(
+                    *(len(x), *sizes[index][2:], sizes[index][1], size[1]), *part[:5],
+                    norm is not None and norm.training, last and (total is not None or number > 0),
+                    torch.get_num_threads(),
+                )  # fmt: skip
+                if norm is not None:
+                    row.momentum, row.eps, row.tracked = norm.momentum, norm.eps, _at(norm.num_batches_tracked)
+                    row.running_mean, row.running_var = _at(norm.running_mean), _at(norm.running_var)
+                if last:
+                    row.keep, row.scale = _at(keep), _at(scales, places[number] if places else 0)
+                row.x, row.out, row.statistics = _at(states[-1]), _at(states_out), _at(statistics[len(table)])
+                row.depthwise, row.pointwise, row.gamma, row.beta = map(_at, tensors[at : at + 4])
+                table.append(row)
+        _call("parts_forward", table)
         if total is not None:
             ctx.mark_dirty(total)
-        ctx.save_for_backward(*inputs, statistics)
-        ctx.total = total is not None
+        ctx.table, ctx.lengths, ctx.places, ctx.given = table, [*map(len, operations)], places, total is not None
+        ctx.save_for_backward(scales, keep, statistics, *states, *tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, statistics = ctx.saved_tensors
-        return (*_backward(ctx.shape, inputs, statistics, grad), grad if ctx.total else None, None, None, None, None)
+        scales, keep, statistics, *rest = ctx.saved_tensors  # other memory than forward's where it is computed again
+        states, tensors = rest[: len(ctx.table)], rest[len(ctx.table) :]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        _check("the gradient", grad, tuple(grad.shape), images=True)
+        grads = [None if t is None else torch.empty_like(t) for t in tensors]
+        grad_x = torch.empty_like(states[0])
+        grad_scales = None if scales is None else torch.zeros_like(scales)
+        inner: list[Tensor] = []  # gradients between the parts of an operation
+        table: list[_Part] = []
+        first = 0
+        for number, length in enumerate(ctx.lengths):
+            upstream = grad
+            for index in reversed(range(first, first + length)):
+                row, at = ctx.table[index], 4 * index
+                row.accumulate = index == first > 0
+                if index + 1 == first + length:
+                    place = ctx.places[number] if ctx.places else 0
+                    row.keep, row.scale, row.grad_scale = _at(keep), _at(scales, place), _at(grad_scales, place)
+                inner.append(grad_x if index == first else torch.empty_like(states[index]))
+                row.x, row.statistics = _at(states[index]), _at(statistics[index])
+                row.grad, row.grad_x = _at(upstream), _at(inner[-1])
+                row.depthwise, row.pointwise, row.gamma, row.beta = map(_at, tensors[at : at + 4])
+                row.grad_depthwise, row.grad_pointwise, row.grad_gamma, row.grad_beta = map(_at, grads[at : at + 4])
+                table.append(row)
+                upstream = inner[-1]
+            first += length
+        _call("parts_backward", table)
+        return (grad_x, grad_scales, grad if ctx.given else None, None, None, None, *grads)
 
 
-# The same under torch.compile: an operator that the compiler does not look into, and that changes none of its inputs.
+def _at(t: Tensor | None, index: int = 0) -> int | None:
+    return None if t is None else t.data_ptr() + 4 * index
 
 
-@torch.library.custom_op("snas::operation", mutates_args=())
-def _traced(
-    x: Tensor,
-    depthwise: Tensor | None,
-    pointwise: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    total: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    settings: list[int],
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, mean and 1 / std (2, C), the running mean and variance afterwards (2, C)."""
-    out = _new_output(x, settings[2])
-    if total is not None:
-        out.copy_(total)
-    inputs = _laid_out(x, depthwise, pointwise, gamma, beta)
-    running = torch.stack([mean, var])
-    state = (running[0], running[1], torch.zeros((), dtype=torch.int64))
-    _, statistics = _forward(inputs, out, total is not None, state, settings, momentum, eps)
-    return out, statistics, running
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() < b.data_ptr() + 4 * b.numel() and b.data_ptr() < a.data_ptr() + 4 * a.numel()
 
 
-@_traced.register_fake
-def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_output(x, others[7][2]), x.new_empty(2, x.shape[1]), x.new_empty(2, x.shape[1])
-
-
-@torch.library.custom_op("snas::operation_backward", mutates_args=())
-def _traced_backward(
-    x: Tensor,
-    depthwise: Tensor | None,
-    pointwise: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    statistics: Tensor,
-    grad: Tensor,
-    settings: list[int],
-) -> list[Tensor]:
-    """The gradients of those inputs that are tensors."""
-    inputs = _laid_out(x, depthwise, pointwise, gamma, beta)
-    shape = _shape(inputs, settings, False, 0.0, 0.0)  # the last two matter forward only
-    return [g for g in _backward(shape, inputs, statistics, grad) if g is not None]
-
-
-@_traced_backward.register_fake
-def _(
-    x: Tensor,
-    depthwise: Tensor | None,
-    pointwise: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    *others: Any,
-) -> list[Tensor]:
-    made = [torch.empty_like(x, memory_format=torch.channels_last)]
-    return made + [torch.empty_like(t) for t in (depthwise, pointwise, gamma, beta) if t is not None]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.total, ctx.settings = inputs[5] is not None, inputs[8]
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    *inputs, statistics = ctx.saved_tensors
-    made = iter(_traced_backward(*inputs, statistics, grad, ctx.settings))
-    grads = [None if t is None else next(made) for t in inputs]
-    return (*grads, grad if ctx.total else None, *[None] * 5)
-
-
-_traced.register_autograd(_differentiate, setup_context=_setup)
-
-
-def _call(name: str, shape: _Shape, *tensors: Tensor | None) -> None:
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    if getattr(library(), name)(ctypes.byref(shape), *pointers):
-        raise MemoryError(f"{name}: no memory for a batch of {shape.batch} images")
+def _call(name: str, table: Sequence[_Part]) -> None:
+    """Run a function of the library over the parts."""
+    rows = (_Part * len(table))(*table)
+    if getattr(build.library(), name)(ctypes.byref(rows), len(table)):
+        raise MemoryError(f"{name}: no memory for a batch of {table[0].batch} images")

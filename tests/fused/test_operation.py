@@ -13,7 +13,7 @@ from fused import operation as kernels
 from genotypes import random_genotype
 from model import ChildNetwork
 from model_search import Network
-from operations import Norm, Operation, make_op
+from operations import Conv, FactorizedReduce, Norm, Operation, make_op
 from sampling import Z
 
 OPS = (
@@ -24,7 +24,7 @@ OPS = (
 
 @pytest.fixture(autouse=True)
 def _compiled() -> Iterator[None]:
-    if kernels.library() is None:
+    if kernels.build.library() is None:
         pytest.skip("no C++ compiler works here")
     yield
     kernels.enabled = True
@@ -259,3 +259,14 @@ def test_compiled_cells_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(calls) == 2 * eager  # the compiled code calls the kernels too
     assert distance(got, wanted) < 1e-5
     assert len(got) == len(wanted) and torch.equal(got[-1], wanted[-1])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 3)])
+@pytest.mark.parametrize("channels", [(3, 5), (16, 32), (20, 20), (64, 16)])
+def test_the_stride_two_identity_and_the_preparation_of_a_cell(
+    channels: tuple[int, int], size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, channels[0], *size).contiguous(memory_format=torch.channels_last)
+    for op in (FactorizedReduce(*channels, affine=False), Conv(*channels, 1, 1, affine=True)):
+        assert_close(run(op, x, 0.3, None, True), run(op, x, 0.3, None, False))

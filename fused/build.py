@@ -1,0 +1,141 @@
+"""Compiling the kernels, keeping them, and finding out whether they are faster than PyTorch on this machine.
+
+SNAS_KERNELS=off turns the kernels off, SNAS_KERNELS=on takes them without a measurement. SNAS_CXXFLAGS adds flags for
+the compiler, CXX names another one ("ccache c++" works).
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
+_ROUNDS = 5  # of the calibration
+
+Contest = Mapping[str, tuple[Callable[[], object], Callable[[], object]]]  # kind -> calls: fused, plain
+
+
+def compiler() -> list[str]:
+    """The command that compiles, without source and output."""
+    # The OpenMP that torch itself has loaded: a second one would fight with it for the cores
+    openmp = [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))]
+    flags = shlex.split(os.environ.get("SNAS_CXXFLAGS", ""))
+    return [*shlex.split(os.environ.get("CXX", "c++")), *_FLAGS, *flags, *openmp]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be compiled or SNAS_KERNELS=off."""
+    if os.environ.get("SNAS_KERNELS") == "off":
+        return None
+    try:
+        path = _path()
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+                made = Path(temporary) / path.name
+                # libraries after the source, or the linker drops them
+                command, openmp = _split(compiler())
+                subprocess.run([*command, str(SOURCE), "-o", str(made), *openmp], check=True, capture_output=True)
+                os.replace(made, path)
+        found = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    for name in ("parts_forward", "parts_backward"):
+        getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    _keep_memory()
+    return found
+
+
+def _split(command: list[str]) -> tuple[list[str], list[str]]:
+    libraries = [word for word in command if "libgomp" in word]
+    return [word for word in command if word not in libraries], libraries
+
+
+@functools.cache
+def _path() -> Path:
+    """Where the library is kept: its name stands for the source, the command, the processor and the versions."""
+    command = compiler()
+    version = subprocess.run([*shlex.split(os.environ.get("CXX", "c++")), "--version"], check=True, capture_output=True)
+    key = repr((SOURCE.read_bytes(), command, version.stdout, platform.machine(), _processor(), torch.__version__))
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "snas"
+    return folder / f"kernels-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.so"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    except OSError:
+        return platform.processor()
+
+
+def _keep_memory() -> None:
+    """Tell glibc to keep freed memory instead of giving it back: fetching it again costs a twentieth of a step."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_TRIM_THRESHOLD, ... of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # glibc before 2.35 refuses a threshold above 32 MB; any setting ends its own adjustment: then set none
+    if mallopt is not None and mallopt(mmap_threshold, 2**30):
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
+
+
+def trusted() -> bool:
+    """Whether the kernels are taken without a measurement."""
+    return os.environ.get("SNAS_KERNELS") == "on"
+
+
+def width() -> int:
+    """Floats of a vector of the compiled kernels."""
+    found = library()
+    return 0 if found is None else int(found.vector_width())
+
+
+def speedups(contest: Callable[[], Contest]) -> dict[str, float]:
+    """How many times faster than PyTorch's operations the kernels are here, by kind of operation.
+
+    Measured at the first use on a machine, in about two seconds, and kept beside the library: what is chosen must not
+    change from one start to the next, since rounding depends on it.
+
+    Args:
+        contest: gives two calls for every kind, with and without the kernels.
+    """
+    path = _path().with_suffix(f".{torch.get_num_threads()}.json")
+    try:
+        return {str(kind): float(ratio) for kind, ratio in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    found = {kind: _ratio(fused, plain) for kind, (fused, plain) in contest().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:  # a full or read-only cache: measured again at the next start
+        temporary.unlink(missing_ok=True)
+    return found
+
+
+def _ratio(fused: Callable[[], object], plain: Callable[[], object]) -> float:
+    """Median of the time of `plain` over that of `fused`, in turns after one call of each that does not count."""
+    fused(), plain()
+    ratios = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        fused()
+        middle = time.perf_counter()
+        plain()
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    return statistics.median(ratios)
