@@ -116,8 +116,9 @@ template <int V> struct Kernel {
 
     const Part s;
     const int C, Cp, D, Dp, M;       // channels of p and of x; padded; of d
+    const int grid;                  // a convolution with stride and dilation 2 is a plain one of every 2nd pixel
     const int k, kk, stride, dilation, pad;
-    const int H, W, Hp, Wp;          // input, and with its border of zeros
+    const int H, W, Hp, Wp;          // what is read of the input, and with its border of zeros
     const int h, w, n, np;           // output; its pixels; the same in whole blocks
     const bool halves, conv, deep, apart, pool, stored; // deep: with depthwise weights; apart: d is not x in its border;
                                                         // stored: p is not x
@@ -127,11 +128,12 @@ template <int V> struct Kernel {
     static int up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
     explicit Kernel(const Part &part)
-        : s(part), C(s.channels), Cp(up(C, V)), D(s.inputs), Dp(up(D, V)), M(s.kind == HALVES ? 2 * Dp : Dp), k(s.kernel), kk(k * k), stride(s.stride),
-          dilation(s.dilation), pad(dilation * (k / 2)), H(s.height), W(s.width), Hp(H + 2 * pad + (s.kind == HALVES)), Wp(W + 2 * pad + (s.kind == HALVES)),
+        : s(part), C(s.channels), Cp(up(C, V)), D(s.inputs), Dp(up(D, V)), M(s.kind == HALVES ? 2 * Dp : Dp), grid(s.kind == CONV && s.stride == 2 && s.dilation == 2 ? 2 : 1), k(s.kernel), kk(k * k),
+          stride(s.stride / grid), dilation(s.dilation / grid), pad(dilation * (k / 2)), H((s.height + grid - 1) / grid),
+          W((s.width + grid - 1) / grid), Hp(H + 2 * pad + (s.kind == HALVES)), Wp(W + 2 * pad + (s.kind == HALVES)),
           h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np(up(n, BLOCK)), halves(s.kind == HALVES),
           conv(s.kind == CONV || halves), deep(conv && s.depthwise), apart(deep || halves), pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp),
-          input(size_t(H) * W * D), pixels(size_t(np) * Cp), filtered(size_t(np) * M),
+          input(size_t(s.height) * s.width * D), pixels(size_t(np) * Cp), filtered(size_t(np) * M),
           bordered(size_t(up(Hp * Wp, BLOCK)) * Dp), frame(bordered / (Dp / V)), plane(stored ? size_t(np) * V : V),
           row(stored ? V : C) {}
 
@@ -187,9 +189,15 @@ template <int V> struct Kernel {
     template <typename Body> void framed(Body body) const {
         for (int g = 0; g < Dp; g += V)
             for (int y = 0; y < H; y++) {
-                const int64_t first = int64_t(y) * W, at = g / V * frame + (int64_t(y) * Wp - first) * V;
-                each(D, int64_t(H) * W, g, first, first + W,
-                     [&](int64_t i, auto lanes, auto) { body(i, at + i * V, g, lanes); });
+                const int64_t first = y * grid * s.width, at = g / V * frame + int64_t(y) * Wp * V;
+                if (grid == 1) {
+                    each(D, s.height * s.width, g, first, first + W,
+                         [&](int64_t i, auto lanes, auto) { body(i, at + (i - first) * V, g, lanes); });
+                    continue;
+                }
+                for (int x = 0; x < W; x++)
+                    each(D, s.height * s.width, g, first + x * grid, first + x * grid + 1,
+                         [&](int64_t i, auto lanes, auto) { body(i, at + x * V, g, lanes); });
             }
     }
 
@@ -204,6 +212,7 @@ template <int V> struct Kernel {
     void extract(const float *border, const float *image, float *to) const {
         const float *from = inside(border);
         const bool relu = s.relu, add = s.accumulate;
+        if (grid > 1 && !add) memset(to, 0, 4 * input);
         framed([=](int64_t i, int64_t at, int g, auto lanes) {
             vec v = get(from + at);
             if (relu) v = lanes.load(image + g, i) <= vec{} ? vec{} : v;
@@ -382,19 +391,36 @@ template <int V> struct Kernel {
             }
         }
     };
-    // Every pixel of an image, `count` channels, times a matrix (count, `to` channels)
-    void multiply(const float *image, int count, const float *matrix, float *y, int to) const {
+    // p (Cp) of every pixel from d, the gradient of d from that of p, and matrix (M, Cp) += sum over the pixels of
+    // grad_p d. With HALVES a half of d and its half of p are worked on apart: `shared` groups of p belong to both.
+    void multiply(const float *d, const float *matrix, float *p) const {
         const size_t plane = size_t(np) * V;
-        Product{image, plane, matrix, size_t(to), V, y, V, plane, count}.template all<V, 1, false>(np, to / V);
+        const auto part = [&](int from, int count, int first, int last) {
+            if (first < last)
+                Product{d + from / V * plane, plane, matrix + (size_t(from) * Cp + first * V), size_t(Cp), V,
+                        p + first * plane, V, plane, count}.template all<V, 1, false>(np, last - first);
+        };
+        const int even = C / 2 / V, odd = (C / 2 + V - 1) / V;
+        if (!halves) return part(0, D, 0, Cp / V);
+        part(0, Dp, 0, even), part(0, M, even, odd), part(Dp, Dp, odd, Cp / V);
     }
-    // matrix (Cp, M) += sum over the pixels of a (C) b (D)
-    void outer(const float *a, const float *b, float *matrix) const {
+    void multiply_back(const float *grad_p, const float *transposed, float *grad_d) const {
+        const size_t plane = size_t(np) * V;
+        const auto part = [&](int from, int to, int first, int groups) {
+            Product{grad_p + from / V * plane, plane, transposed + (size_t(from) * M + first * V), size_t(M), V,
+                    grad_d + first * plane, V, plane, to - from}.template all<V, 1, false>(np, groups);
+        };
+        if (!halves) return part(0, C, 0, Dp / V);
+        part(0, C / 2, 0, Dp / V), part(C / 2 / V * V, C, Dp / V, Dp / V);
+    }
+    void outer(const float *grad_p, const float *d, float *matrix) const {
         const size_t plane = size_t(np) * V;
         for (int first = 0; first < n; first += STRETCH)
             for (int c = 0; c < Cp; c += V) {
-                const int count = n - first < STRETCH ? n - first : STRETCH;
-                Product{a + c / V * plane + first * V, 0, b + first * V, V, plane, matrix + c * size_t(M), size_t(M), V, count}
-                    .template all<1, V, true>(V, M / V);
+                const int left = halves && c >= C / 2 ? Dp : 0, right = halves && c + V <= C / 2 ? Dp : M;
+                Product{grad_p + c / V * plane + first * V, 0, d + left / V * plane + first * V, V, plane,
+                        matrix + (c * size_t(M) + left), size_t(M), V, n - first < STRETCH ? n - first : STRETCH}
+                    .template all<1, V, true>(V, (right - left) / V);
             }
     }
 
@@ -538,7 +564,7 @@ template <int V> struct Kernel {
             each_half(border, d, [](const float *from, float *to) { set(to, get(from)); });
             blank(d);
         }
-        multiply(apart ? d : border, halves ? M : D, weights.matrix, p, Cp);
+        multiply(apart ? d : border, weights.matrix, p);
         return p;
     }
     // The pixels of d that only fill the last block.
@@ -710,7 +736,7 @@ template <int V> struct Kernel {
                     float *taps = partial + chunk * part, *matrix = taps + taps_size();
                     const float *d = apart ? depths + i * filtered : border;
                     outer(grad_p, d, matrix);
-                    multiply(grad_p, C, weights.transposed, grad_d, M);
+                    multiply_back(grad_p, weights.transposed, grad_d);
                     if (deep) {
                         correlate(border, grad_d, taps);
                         // x's gradient: a plain convolution of d's, spread over the strides, with turned taps
