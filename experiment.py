@@ -12,9 +12,9 @@ import torch
 import checkpoint
 import cost
 import data
+import operations
 import options
 import utils
-from fused import operation as kernels
 from options import UserError
 from options.default_option import RunOptions, TrainOptions
 
@@ -177,8 +177,10 @@ def announce(run: Run, costs: Mapping[str, int]) -> None:
     rarest, commonest = min(info.counts["train"]), max(info.counts["train"])
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     print(f"device   {run.device}{threads}, {opt.precision}{', compiled' if opt.compile else ''}")
-    if run.device.type == "cpu" and opt.precision == "fp32" and not opt.compile and kernels.library() is None:
-        print("warning: no C++ compiler works here (c++, or $CXX): steps take more than twice as long")
+    if run.device.type == "cpu" and opt.compile:
+        print("warning: --compile True gains nothing on a CPU: the fused kernels are faster, leave it out")
+    elif run.device.type == "cpu" and opt.precision == "fp32":
+        print(f"kernels  {operations.kernels_in_words()}")
     print(f"data     {opt.dataset}: {width}x{height}x{info.channels}; {len(info.classes)} classes; {sizes}")
     print(
         f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sampling
-from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
 from fused import operation as kernels
+from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
 from operations import Conv, FactorizedReduce, Norm, Operation, State, drop_mask, frozen_statistics, fused, make_op
 from sampling import Z
 
@@ -146,6 +146,7 @@ class Network(nn.Module):
         An operation whose weight is exactly zero is not computed when Z asks for no gradient, as in the
         evaluation of a one-hot Z; its term is zero either way.
         """
+        self._check(z)
         before = last = State(self.stem(images.contiguous(memory_format=torch.channels_last)))
         of_kind = [iter(self._per_cell(rows, kind)) for kind, rows in enumerate(z)]
         for cell in self.cells:
@@ -170,6 +171,18 @@ class Network(nn.Module):
             return nullcontext(), frozen_statistics(cell)  # of the forward pass, of its repetition
 
         return checkpoint(run, before.x, last.x, rows, use_reentrant=False, context_fn=contexts)
+
+    def _check(self, z: Z) -> None:
+        """Z as sample and one_hot give it, or a mistake that no operation downstream would notice."""
+        for name, rows, alpha, cells in zip(Z._fields, z, self.alphas(), self.cells_of_kind, strict=True):
+            if rows.dtype != alpha.dtype or rows.device != alpha.device:
+                raise TypeError(
+                    f"Z of the {name} cells is {rows.dtype} on {rows.device}, alpha {alpha.dtype} on {alpha.device}"
+                )
+            if rows.shape not in (alpha.shape, (cells, *alpha.shape)):
+                raise ValueError(
+                    f"Z of the {name} cells has the shape {tuple(rows.shape)}, not {tuple(alpha.shape)}, or that a cell"
+                )
 
     def _per_cell(self, rows: Tensor, kind: int) -> Sequence[Tensor]:
         """The Z of each cell of a kind (0 normal, 1 reduce), shared or its own."""

@@ -39,7 +39,8 @@ class Norm(nn.BatchNorm2d):
         assert self.momentum is not None and self.num_batches_tracked is not None
         if self.training and self.momentum:
             self.num_batches_tracked.add_(1)
-        gamma, beta = self.weight, self.bias
+        gamma: Tensor | None = self.weight
+        beta: Tensor | None = self.bias
         if scale is not None:
             # repeat, not expand: batch norm's backward reads past a stride-0 weight (torch 2.14, CPU)
             gamma = scale.reshape(1).repeat(self.num_features) if gamma is None else scale * gamma  # (C,)
@@ -339,34 +340,47 @@ _KINDS = {
     kernels.MEAN: "mean",
     kernels.HALVES: "reduction",
 }
-_choice: list[frozenset[int]] = []
+_choice: list[frozenset[int]] = []  # of this machine, once it is known
+_ratios: dict[str, float] = {}
 
 
 def _chosen() -> frozenset[int]:
     """The kinds of parts for which the kernels are faster than PyTorch's operations on this machine."""
     if not _choice:
         _choice.append(frozenset(_KINDS))  # all while it is measured
-        ratios = speedups()
-        _choice[0] = frozenset(kind for kind, name in _KINDS.items() if ratios.get(name, 1.0) >= 1.0)
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            _ratios.update(build.speedups(_contest))
+        _choice[0] = frozenset(kind for kind, name in _KINDS.items() if _ratios.get(name, 1.0) >= 1.0)
     return _choice[0]
 
 
-def speedups() -> dict[str, float]:
-    """How many times faster the kernels are here, by kind of part; empty where that is not asked (SNAS_KERNELS=on)."""
-    return {} if build.trusted() else build.speedups(_contest)
+def kernels_in_words() -> str:
+    """Which form of the operations runs on this machine's CPU in float32, and why."""
+    library = build.library()
+    if library is None:
+        return f"PyTorch's own operations, {build.missing}; steps take more than twice as long"
+    chosen = _chosen()
+    ratios = ", ".join(f"{name} {ratio:.1f}" for name, ratio in _ratios.items())
+    why = f"measured times faster than PyTorch's: {ratios}" if ratios else "SNAS_KERNELS=on"
+    slow = ", ".join(name for kind, name in _KINDS.items() if kind not in chosen)
+    return f"fused, vectors of {library.vector_width()} floats{f', but not for {slow}' if slow else ''}; {why}"
 
 
 def _contest() -> build.Contest:
     """A forward and backward pass of each kind, with the kernels and without, on a typical state."""
     x = torch.randn(32, 16, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
-    modules: dict[str, nn.Module] = {"norm": Norm(16, affine=False)}
-    names = {"convolution": "sep_conv_5x5", "max": "max_pool_3x3", "mean": "avg_pool_3x3"}
-    modules |= {kind: make_op(name, 16, 1, affine=False) for kind, name in names.items()}
+    modules: dict[str, nn.Module] = {
+        "norm": Norm(16, affine=False),
+        "convolution": SepConv(16, 5, 1, affine=False),
+        "max": Pool("max_pool_3x3", 16, 1, affine=False),
+        "mean": Pool("avg_pool_3x3", 16, 1, affine=False),
+        "reduction": FactorizedReduce(16, 16, affine=False),
+    }
 
     def call(module: nn.Module, enabled: bool) -> Callable[[], None]:
         def run() -> None:
             with kernels.switched(enabled):
-                module(x).sum().backward()
+                torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
 
         return run
 

@@ -23,22 +23,17 @@ import torch
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
 _ROUNDS = 5  # of the calibration
+missing = ""  # why there is no library
 
 Contest = Mapping[str, tuple[Callable[[], object], Callable[[], object]]]  # kind -> calls: fused, plain
 
 
-def compiler() -> list[str]:
-    """The command that compiles, without source and output."""
-    # The OpenMP that torch itself has loaded: a second one would fight with it for the cores
-    openmp = [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))]
-    flags = shlex.split(os.environ.get("SNAS_CXXFLAGS", ""))
-    return [*shlex.split(os.environ.get("CXX", "c++")), *_FLAGS, *flags, *openmp]
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be compiled or SNAS_KERNELS=off."""
+    """The compiled kernels, or None where there are none: `missing` says why."""
+    global missing
     if os.environ.get("SNAS_KERNELS") == "off":
+        missing = "SNAS_KERNELS=off"
         return None
     try:
         path = _path()
@@ -46,12 +41,15 @@ def library() -> ctypes.CDLL | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
                 made = Path(temporary) / path.name
-                # libraries after the source, or the linker drops them
-                command, openmp = _split(compiler())
-                subprocess.run([*command, str(SOURCE), "-o", str(made), *openmp], check=True, capture_output=True)
+                _run([*_command(), str(SOURCE), "-o", str(made), *_openmp()])
                 os.replace(made, path)
         found = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError):
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["it says nothing"]
+        missing = f"{error.cmd[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
+        return None
+    except OSError as error:
+        missing = f"no C++ compiler works here (c++, or $CXX): {error}"
         return None
     for name in ("parts_forward", "parts_backward"):
         getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -59,17 +57,29 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def _split(command: list[str]) -> tuple[list[str], list[str]]:
-    libraries = [word for word in command if "libgomp" in word]
-    return [word for word in command if word not in libraries], libraries
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _command() -> list[str]:
+    """The compiler with its flags."""
+    return [*_compiler(), *_FLAGS, *shlex.split(os.environ.get("SNAS_CXXFLAGS", ""))]
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++")) or ["c++"]
+
+
+def _openmp() -> list[str]:
+    """The OpenMP that torch itself has loaded: a second one would fight with it for the cores."""
+    return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))]
 
 
 @functools.cache
 def _path() -> Path:
     """Where the library is kept: its name stands for the source, the command, the processor and the versions."""
-    command = compiler()
-    version = subprocess.run([*shlex.split(os.environ.get("CXX", "c++")), "--version"], check=True, capture_output=True)
-    key = repr((SOURCE.read_bytes(), command, version.stdout, platform.machine(), _processor(), torch.__version__))
+    version = _run([*_compiler(), "--version"])
+    key = repr((SOURCE.read_bytes(), _command(), version, platform.machine(), _processor(), torch.__version__))
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "snas"
     return folder / f"kernels-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.so"
 
@@ -93,17 +103,6 @@ def _keep_memory() -> None:
         mallopt(top_pad, 2**26)
 
 
-def trusted() -> bool:
-    """Whether the kernels are taken without a measurement."""
-    return os.environ.get("SNAS_KERNELS") == "on"
-
-
-def width() -> int:
-    """Floats of a vector of the compiled kernels."""
-    found = library()
-    return 0 if found is None else int(found.vector_width())
-
-
 def speedups(contest: Callable[[], Contest]) -> dict[str, float]:
     """How many times faster than PyTorch's operations the kernels are here, by kind of operation.
 
@@ -112,7 +111,11 @@ def speedups(contest: Callable[[], Contest]) -> dict[str, float]:
 
     Args:
         contest: gives two calls for every kind, with and without the kernels.
+    Returns:
+        Nothing with SNAS_KERNELS=on: then it is not asked.
     """
+    if os.environ.get("SNAS_KERNELS") == "on":
+        return {}
     path = _path().with_suffix(f".{torch.get_num_threads()}.json")
     try:
         return {str(kind): float(ratio) for kind, ratio in json.loads(path.read_text(encoding="utf-8")).items()}

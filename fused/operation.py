@@ -170,7 +170,7 @@ class _Apply(torch.autograd.Function):
         *tensors: Tensor | None,  # depthwise, pointwise, gamma and beta of every part
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        _check("the input", x, (*x.shape[:1], *x.shape[1:]), images=True)
+        _check("the input", x, tuple(x.shape), images=True)
         _check("keep", keep, (len(x), 1, 1, 1))
         if scales is not None:
             _check("Z", scales, (scales.numel(),))
@@ -185,10 +185,11 @@ class _Apply(torch.autograd.Function):
         states: list[Tensor] = []  # the input of every part
         for number, (operation, sizes) in enumerate(zip(operations, shapes, strict=True)):
             _check("the sum", out, sizes[-1], images=True)
+            target = x
             for index, (part, size) in enumerate(zip(operation, sizes[1:], strict=True)):
                 last, norm, at = index + 1 == len(operation), part.norm, 4 * len(table)
-                states.append(states_out if index else x)
-                states_out = out if last else torch.empty(size, memory_format=torch.channels_last)
+                states.append(target)
+                target = out if last else torch.empty(size, memory_format=torch.channels_last)
                 row = _Part(
                     *(len(x), *sizes[index][2:], sizes[index][1], size[1]), *part[:5],
                     norm is not None and norm.training, last and (total is not None or number > 0),
@@ -199,7 +200,7 @@ class _Apply(torch.autograd.Function):
                     row.running_mean, row.running_var = _at(norm.running_mean), _at(norm.running_var)
                 if last:
                     row.keep, row.scale = _at(keep), _at(scales, places[number] if places else 0)
-                row.x, row.out, row.statistics = _at(states[-1]), _at(states_out), _at(statistics[len(table)])
+                row.x, row.out, row.statistics = _at(states[-1]), _at(target), _at(statistics[len(table)])
                 row.depthwise, row.pointwise, row.gamma, row.beta = map(_at, tensors[at : at + 4])
                 table.append(row)
         _call("parts_forward", table)

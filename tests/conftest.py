@@ -1,5 +1,6 @@
 """Tiny data sets and helpers that several tests use."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ.setdefault("SNAS_KERNELS", "on")  # what is tested does not depend on a measurement
 CHIPS = Path(__file__).parents[2] / "shared" / "data" / "xview_chips"
 
 

@@ -1,6 +1,8 @@
 """The fused kernels against PyTorch's own operations in float64."""
 
 import copy
+import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -9,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import operations
+from fused import build
 from fused import operation as kernels
 from genotypes import random_genotype
 from model import ChildNetwork
 from model_search import Network
-from operations import Conv, FactorizedReduce, Norm, Operation, make_op
+from operations import Conv, FactorizedReduce, Norm, make_op
 from sampling import Z
 
 OPS = (
@@ -22,15 +26,38 @@ OPS = (
 )  # fmt: skip
 
 
+NARROWER = {"avx2": "-mno-avx512f", "sse": "-mno-avx512f -mno-avx2 -mno-fma -mno-avx"}  # for 8 and 4 floats a vector
+
+
 @pytest.fixture(autouse=True)
 def _compiled() -> Iterator[None]:
-    if kernels.build.library() is None:
-        pytest.skip("no C++ compiler works here")
+    if build.library() is None:
+        pytest.skip(f"no kernels here: {build.missing}")
     yield
     kernels.enabled = True
 
 
-def run(op: Operation, x: Tensor, scale: float | None, total: Tensor | None, fused: bool) -> dict[str, Tensor]:
+@pytest.fixture(params=[*NARROWER])
+def narrower(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same source for processors with narrower vectors."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the flags are those of x86")
+    monkeypatch.setenv("SNAS_CXXFLAGS", NARROWER[request.param])
+    wider = build.library()
+    for cached in (build.library, build._path):
+        cached.cache_clear()
+    narrow = build.library()
+    assert narrow is not None and narrow.vector_width() == {"avx2": 8, "sse": 4}[request.param]
+    assert wider is not None and wider.vector_width() >= narrow.vector_width()
+    yield
+    monkeypatch.undo()
+    for cached in (build.library, build._path):
+        cached.cache_clear()
+
+
+def run(
+    op: nn.Module, x: Tensor, scale: float | None, total: Tensor | None, fused: bool, keep: Tensor | None = None
+) -> dict[str, Tensor]:
     """Output, gradients and statistics: float32 through the kernels, or float64 through PyTorch."""
     dtype = torch.float32 if fused else torch.float64
     op = copy.deepcopy(op).to(dtype)
@@ -41,7 +68,8 @@ def run(op: Operation, x: Tensor, scale: float | None, total: Tensor | None, fus
         inputs["total"] = total.to(dtype).requires_grad_()
     kernels.enabled = fused
     assert kernels.usable(inputs["x"]) == fused
-    y = op(inputs["x"], inputs.get("scale"), None if total is None else inputs["total"] * 1)
+    more = {} if keep is None else {"keep": keep.to(dtype)}
+    y = op(inputs["x"], inputs.get("scale"), None if total is None else inputs["total"] * 1, **more)
     wanted = inputs | dict(op.named_parameters())
     grads = torch.autograd.grad(y, list(wanted.values()), torch.arange(y.numel(), dtype=dtype).sin().view(y.shape))
     return {"y": y.detach()} | dict(zip(wanted, grads, strict=True)) | dict(op.named_buffers())
@@ -54,24 +82,34 @@ def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.allclose(value.double(), wanted[name].double(), rtol=1e-3, atol=tolerance), name
 
 
+def agrees(name: str, channels: int, stride: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    op = make_op(name, channels, stride, affine=channels in (12, 36))
+    for n, p in op.named_parameters():
+        if "norm" in n:
+            nn.init.uniform_(p, 0.2, 1.0)
+    x = torch.randn(6, channels, *size).contiguous(memory_format=torch.channels_last)
+    total = torch.randn(6, channels, -(-size[0] // stride), -(-size[1] // stride))
+    total = total.contiguous(memory_format=torch.channels_last)
+    for scale, given in ((-0.3, total), (None, None)):
+        assert_close(run(op, x, scale, given, True), run(op, x, scale, given, False))
+
+
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 3), (16, 12)])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("channels", [3, 4, 8, 12, 16, 32])
+@pytest.mark.parametrize("channels", [3, 8, 12, 16, 20, 36, 40])
 @pytest.mark.parametrize("name", OPS)
 def test_an_operation_is_pytorchs_with_its_gradients_and_statistics(
     name: str, channels: int, stride: int, size: tuple[int, int]
 ) -> None:
-    torch.manual_seed(0)
-    op = make_op(name, channels, stride, affine=channels == 12)
-    x = torch.randn(6, channels, *size).contiguous(memory_format=torch.channels_last)
-    if channels == 12:
-        nn.init.uniform_([p for n, p in op.named_parameters() if n.endswith("norm.weight")][-1])
-        assert_close(run(op, x, None, None, True), run(op, x, None, None, False))
-        return
-    total = torch.randn(6, channels, -(-size[0] // stride), -(-size[1] // stride))
-    total = total.contiguous(memory_format=torch.channels_last)
-    for given in (total, None):
-        assert_close(run(op, x, -0.3, given, True), run(op, x, -0.3, given, False))
+    agrees(name, channels, stride, size)
+
+
+def test_it_is_at_every_width_of_vectors(narrower: None) -> None:
+    for name in OPS:
+        for channels in (3, 8, 12, 20, 36):
+            for stride in (1, 2):
+                agrees(name, channels, stride, (7, 12))
 
 
 @pytest.mark.parametrize("name", ["sep_conv_5x5", "max_pool_3x3"])
@@ -88,19 +126,28 @@ def test_in_eval_mode_the_running_statistics_are_used_and_kept(name: str) -> Non
 
 
 @pytest.mark.parametrize("affine", [False, True])
-def test_batch_norm_alone_with_relu(affine: bool) -> None:
+@pytest.mark.parametrize("scale", [None, 0.4])
+def test_batch_norm_alone(affine: bool, scale: float | None) -> None:
     torch.manual_seed(0)
     norm = Norm(20, affine=affine)
-    results = []
-    for fused in (True, False):
-        kernels.enabled = fused
-        module = copy.deepcopy(norm)
-        x = (5 + torch.randn(4, 20, 3, 5, generator=torch.Generator().manual_seed(1))).requires_grad_()
-        y = module(x, relu=True)
-        grads = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
-        results.append({str(i): t for i, t in enumerate([y.detach(), *grads, *module.buffers()])})
-    assert_close(*results)
-    assert (results[0]["0"] == 0).any()
+    x = 5 + torch.randn(4, 20, 3, 5)
+    total = None if scale is None else torch.randn(4, 20, 3, 5).contiguous(memory_format=torch.channels_last)
+    assert_close(run(norm, x, scale, total, True), run(norm, x, scale, total, False))
+
+
+@pytest.mark.parametrize("name", ["sep_conv_3x3", "max_pool_3x3", "skip_connect"])
+def test_a_factor_for_each_image_and_a_scale_of_an_affine_batch_norm(name: str) -> None:
+    torch.manual_seed(0)
+    op = make_op(name, 20, 1, affine=True)
+    for p in op.parameters():
+        nn.init.uniform_(p, -1, 1)
+    x = torch.randn(5, 20, 6, 6).contiguous(memory_format=torch.channels_last)
+    total = torch.randn(5, 20, 6, 6).contiguous(memory_format=torch.channels_last)
+    keep = torch.tensor([0, 2.0, 1, 0, 0.5]).view(5, 1, 1, 1)
+    assert_close(run(op, x, 0.4, total, True, keep), run(op, x, 0.4, total, False, keep))
+    y = torch.zeros(5, 20, 6, 6).contiguous(memory_format=torch.channels_last)
+    kernels.enabled = True
+    assert (op(x, None, y, keep)[[0, 3]] == 0).all()
 
 
 def test_a_maximum_met_twice_gives_its_gradient_once() -> None:
@@ -156,7 +203,7 @@ def test_a_supernet_step_is_as_exact_as_without_the_kernels(space: str, drop: fl
         network = copy.deepcopy(base)
         mask = torch.rand(8, 1, 1, 1)  # drop path draws in the type of the images
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("model_search.drop_path", lambda x, p, mask=mask: x * (mask > p))
+            patch.setattr("model_search.drop_mask", lambda x, p, mask=mask: (mask > p).to(x.dtype) if p else None)
             results.append(step(network.to(dtype), images.to(dtype)))
     fused, plain = distance(results[0], results[2]), distance(results[1], results[2])
     assert fused < 1e-4 and fused < 3 * plain + 1e-6
@@ -187,11 +234,102 @@ def test_other_types_modes_and_devices_fall_back() -> None:
 
 
 def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for compiler in ("/nonexistent/c++", "false"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler, word in (
+        ("/nonexistent/c++", "no C++ compiler"),
+        ("false", "false failed"),
+        ("c++ -nonsense", "failed"),
+    ):
         monkeypatch.setenv("CXX", compiler)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert kernels.library.__wrapped__() is None
+        monkeypatch.setattr(build, "missing", "")
+        build._path.cache_clear()
+        assert build.library.__wrapped__() is None and word in build.missing
+    monkeypatch.setenv("SNAS_KERNELS", "off")
+    assert build.library.__wrapped__() is None and build.missing == "SNAS_KERNELS=off"
     assert not list(tmp_path.rglob("*.so"))
+    build._path.cache_clear()
+
+
+def test_a_compiler_with_a_launcher_and_further_flags_is_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {build._path.__wrapped__()}
+    monkeypatch.setenv("CXX", "env c++")
+    paths.add(build._path.__wrapped__())
+    monkeypatch.setenv("SNAS_CXXFLAGS", "-O2 -DEXAMPLE='a b'")
+    paths.add(build._path.__wrapped__())
+    assert len(paths) == 3 and build._command()[-2:] == ["-O2", "-DEXAMPLE=a b"]
+
+
+def test_the_faster_form_is_measured_once_and_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SNAS_KERNELS", "")
+    monkeypatch.setattr(build, "_path", lambda: tmp_path / "kernels.so")
+    monkeypatch.setattr(operations, "_choice", [])
+    monkeypatch.setattr(operations, "_ratios", {})
+    before = torch.get_rng_state()
+    assert operations._chosen() and torch.equal(before, torch.get_rng_state())
+    (stored,) = tmp_path.glob("kernels.*.json")
+    assert json.loads(stored.read_text()).keys() == {*operations._KINDS.values()}
+    stored.write_text(json.dumps(dict.fromkeys(operations._KINDS.values(), 2.0) | {"max": 0.5}))
+    operations._choice.clear()
+    assert operations._chosen() == {*operations._KINDS} - {kernels.MAX}
+    assert "but not for max" in operations.kernels_in_words() and "max 0.5" in operations.kernels_in_words()
+    state = torch.randn(2, 4, 6, 6)
+    calls = []
+    monkeypatch.setattr(kernels, "_call", lambda name, table: calls.append((name, [row.kind for row in table])))
+    make_op("max_pool_3x3", 4, 1, affine=False)(state)
+    assert calls == [("parts_forward", [kernels.NOTHING])]  # of pooling only its batch norm
+
+
+WRONG = {
+    "channels of x": (ValueError, lambda op, x, z, t, k: op(torch.randn(2, 32, 8, 8), z, t, k)),
+    "type of Z": (TypeError, lambda op, x, z, t, k: op(x, z.double(), t, k)),
+    "half of Z": (TypeError, lambda op, x, z, t, k: op(x, z.half(), t, k)),
+    "device of Z": (TypeError, lambda op, x, z, t, k: op(x, z.to("meta"), t, k)),
+    "values of Z": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [op.parts()], z.expand(3), (3,), t, k)),
+    "places": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [op.parts()], z.view(1), (), t, k)),
+    "shape of the sum": (ValueError, lambda op, x, z, t, k: op(x, z, t[:, :, :7], k)),
+    "type of the sum": (TypeError, lambda op, x, z, t, k: op(x, z, t.double(), k)),
+    "layout of the sum": (ValueError, lambda op, x, z, t, k: op(x, z, t.contiguous(), k)),
+    "the sum is x": (ValueError, lambda op, x, z, t, k: op(x, z, x, k)),
+    "images of keep": (ValueError, lambda op, x, z, t, k: op(x, z, t, k[:1])),
+    "type of keep": (TypeError, lambda op, x, z, t, k: op(x, z, t, k.double())),
+    "type of the module": (TypeError, lambda op, x, z, t, k: op.double()(x, z, t, k)),
+    "depthwise weight": (ValueError, lambda op, x, z, t, k: spoilt(op, "half1.depthwise", 8, 1, 3, 3)(x, z, t, k)),
+    "pointwise weight": (ValueError, lambda op, x, z, t, k: spoilt(op, "half2.pointwise", 16, 8, 1, 1)(x, z, t, k)),
+    "side of a kernel": (ValueError, lambda op, x, z, t, k: spoilt(op, "half1.depthwise", 16, 1, 9, 9)(x, z, t, k)),
+    "batch norm": (ValueError, lambda op, x, z, t, k: spoilt_norm(op)(x, z, t, k)),
+    "dimensions of x": (RuntimeError, lambda op, x, z, t, k: op(x[0], z, t, k)),
+}
+
+
+def spoilt(op: nn.Module, name: str, *shape: int) -> nn.Module:
+    op.get_submodule(name).weight = nn.Parameter(torch.randn(shape))
+    return op
+
+
+def spoilt_norm(op: nn.Module) -> nn.Module:
+    op.half2.norm.running_var = torch.ones(8)
+    return op
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_call_is_an_exception(mistake: str) -> None:
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    total, keep = torch.zeros_like(x), torch.ones(2, 1, 1, 1)
+    op = make_op("sep_conv_3x3", 16, 1, affine=True)
+    op(x, torch.tensor(0.5), total, keep)
+    error, call = WRONG[mistake]
+    with pytest.raises(error):
+        call(op, x, torch.tensor(0.5), total, keep)
+
+
+def test_z_of_another_type_or_shape_is_no_z() -> None:
+    network, images = Network(4, 3, 3), torch.randn(2, 3, 8, 8)
+    z = network.sample(1.0)
+    for change in (Tensor.double, Tensor.half, Tensor.bfloat16, lambda t: t.to("meta")):
+        with pytest.raises(TypeError, match="Z of the normal cells"):
+            network(images, Z(change(z.normal), change(z.reduce)))
+    with pytest.raises(ValueError, match="Z of the reduce cells has the shape"):
+        network(images, Z(z.normal, z.reduce[:7]))
 
 
 def test_detached_z_and_one_value_a_channel() -> None:
@@ -221,44 +359,6 @@ def test_the_child_is_the_supernet_at_one_hot_z(seed: int) -> None:
         p.data = torch.zeros_like(p) if p.grad is None else p.grad
     ours = supernet.child_state_dict(genotype)
     assert used and all(torch.allclose(theirs[n], ours[n], rtol=1e-2, atol=1e-4) for n in used)
-
-
-def test_the_operator_of_compiled_code_keeps_its_promises() -> None:
-    x = torch.randn(3, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weights = [torch.randn(4, 1, 3, 3, requires_grad=True), torch.randn(4, 4, 1, 1, requires_grad=True)]
-    scale, total = torch.tensor(0.3, requires_grad=True), torch.randn(3, 4, 3, 3, requires_grad=True)
-    total = total.contiguous(memory_format=torch.channels_last)
-    way = kernels.Way(kernels.CONV, 3, 2, 1, True)
-    settings = [*way[:4], True, True, False]
-    arguments = (x, *weights, scale, None, total, torch.zeros(4), torch.ones(4), settings, 0.1, 1e-5)
-    torch.library.opcheck(kernels._traced, arguments, test_utils=["test_schema", "test_faketensor"])
-    module = Norm(4, affine=False)
-    wanted = kernels.operation(x, module, way, tuple(weights), scale, total.clone())
-    got, statistics, running = kernels._traced(*arguments)
-    inputs = [x, *weights, scale]
-    grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (got, wanted)]
-    assert torch.equal(got, wanted) and all(map(torch.equal, *grads))
-    assert torch.equal(running[0], module.running_mean) and torch.equal(running[1], module.running_var)
-    assert statistics.shape == (2, 4)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
-def test_compiled_cells_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(1)
-    base, images = Network(4, 5, 3, nodes=1), torch.randn(4, 3, 8, 8)
-    compiled = copy.deepcopy(base)
-    for cell in compiled.cells:
-        cell.compile()
-    calls = []
-    real = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda *rest: calls.append(rest[0]) or real(*rest))
-    wanted = step(base, images)
-    eager = len(calls)
-    got = step(compiled, images)
-    assert len(calls) == 2 * eager  # the compiled code calls the kernels too
-    assert distance(got, wanted) < 1e-5
-    assert len(got) == len(wanted) and torch.equal(got[-1], wanted[-1])
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 3)])
