@@ -137,6 +137,7 @@ class Data:
         size = list(pool.pixels.shape[2:])
         self.info = DataInfo(pool.classes, pool.pixels.shape[1], size, mean, std, counts)
         self._balance, self._seed = opt.balance, opt.seed
+        self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
         cutout = opt.cutout_length if opt.cutout else 0
         self._augmentation = Augmentation(opt.crop_padding, opt.flip, cutout)
 
@@ -183,10 +184,20 @@ class Data:
         random: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         pixels = augment(self.pixels[chosen], augmentation, random)  # uint8, augmented where it is smallest
-        pixels = pixels.to(device, non_blocking=True).float()
-        mean = torch.tensor(self.info.mean, device=device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.info.std, device=device).view(1, -1, 1, 1) * 255
-        return (pixels - mean) / std, self.labels[chosen].to(device, non_blocking=True)
+        mean, std = self._scale(device)
+        return (_sent(pixels, device).float() - mean) / std, _sent(self.labels[chosen], device)
+
+    def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of pixels in 0..255, each (1, C, 1, 1), sent to the device once."""
+        if device not in self._scales:
+            both = torch.tensor([self.info.mean, self.info.std]).mul(255)[:, None, :, None, None]
+            self._scales[device] = both[0].to(device), both[1].to(device)
+        return self._scales[device]
+
+
+def _sent(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch on its way to the device: from pinned memory to a GPU, so that nobody waits for the copy."""
+    return (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
 
 
 def augment(pixels: Tensor, how: Augmentation, random: torch.Generator | None = None) -> Tensor:

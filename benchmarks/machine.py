@@ -25,11 +25,22 @@ def describe(command: str) -> dict[str, Any]:
         "command": command,
         "commit": git.stdout.strip() or None,
         "processor": utils.processor(),
+        "instructions": capability(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def capability() -> str:
+    """The vector instructions that PyTorch uses: AVX512, AVX2, ..."""
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def on_this(name: str) -> str:
+    """The name of a result that holds for one kind of processor."""
+    return f"{name}_{capability().lower().replace(' ', '_')}"
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -100,7 +111,8 @@ def publish(name: str, result: Mapping[str, Any], text: str, out: Path, topic: s
     page = out / f"{topic}.md"
     content = page.read_text(encoding="utf-8") if page.exists() else ""
     machine = result["machine"]
-    device = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+    cpu = f"{machine['processor']} with {machine.get('instructions', '?')}, {machine['threads']} threads"
+    device = machine["gpu"] or cpu
     foot = f"`{machine['command']}`, {device}, torch {machine['torch']}, commit {machine['commit']}"
     block = f"<!-- {name} -->\n{text}\n\n{foot}\n<!-- end -->"
     pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.DOTALL)

@@ -11,7 +11,7 @@ A step is forward, backward, both gradient clips, SGD for theta and Adam for alp
     recompute  the same with --recompute True
     plain      the same without the fused CPU kernels
     bf16       the same with --precision bf16
-    compiled   the same with --compile True; minutes before the first step
+    compiled   the same with --compile True, without the fused CPU kernels; minutes before the first step
 
 --external FILE names a Python file that defines
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "first": names[0],
         "pairs": pairs,
     }
-    machine.publish("search_step", result, _text(result), Path(opt.out))
+    machine.publish(machine.on_this("search_step"), result, _text(result), Path(opt.out))
     return result
 
 
@@ -178,11 +178,15 @@ class _Count(TorchDispatchMode):
             self.bytes += _bytes((args, kwargs, result))
         return result
 
-    def call(self, name: str, shape: Any, *tensors: Tensor | None) -> None:
-        """kernels._call, counted."""
-        self.kernels += 1
-        self.bytes += _bytes(tensors)
-        _call(name, shape, *tensors)
+    def call(self, name: str, table: Sequence[Any]) -> None:
+        """kernels._call, counted: of each part the input, the output and their gradients."""
+        _call(name, table)
+        self.kernels += len(table)
+        for row in table:
+            x = row.batch * row.height * row.width * row.inputs
+            y = row.batch * -(-row.height // row.stride) * -(-row.width // row.stride) * row.channels
+            changed = 2 if row.accumulate else 1  # read, too
+            self.bytes += 4 * (x + changed * y if name == "parts_forward" else x + y + changed * x)
 
 
 _call = kernels._call
@@ -208,7 +212,7 @@ def _work(opt: StepOptions, name: str, device: torch.device) -> dict[str, Any]:
     result: dict[str, Any] = {"peak_bytes": _peak(device), "before_bytes": base}
     if name != "compiled":  # its kernels are the compiler's
         count = _Count()
-        pass
+        kernels._call = count.call
         with count:
             step()
         kernels._call = _call

@@ -21,30 +21,35 @@ OPS = (
 )
 
 
-def bn(channels: int) -> nn.Module:
-    """Batch norm as in the cells of a supernet."""
-    return nn.BatchNorm2d(channels, affine=False)
+def bn(channels: int, affine: bool = False) -> nn.Module:
+    """Batch norm as in the cells of a supernet; affine as in those of a child."""
+    return nn.BatchNorm2d(channels, affine=affine)
 
 
-def separable(c: int, k: int, stride: int, dilation: int) -> list[nn.Module]:
+def prepare(c_in: int, c: int, affine: bool = False) -> nn.Module:
+    """What a cell does to its inputs."""
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c, 1, bias=False), bn(c, affine))
+
+
+def separable(c: int, k: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
     """ReLU, depthwise, pointwise, batch norm."""
     pad = dilation * (k // 2)
     return [
         nn.ReLU(),
         nn.Conv2d(c, c, k, stride, pad, dilation, groups=c, bias=False),
         nn.Conv2d(c, c, 1, bias=False),
-        bn(c),
+        bn(c, affine),
     ]
 
 
 class Reduce(nn.Module):
     """Factorized reduction: the stride-2 identity."""
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_out: int, affine: bool = False) -> None:
         super().__init__()
         self.a = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
         self.b = nn.Conv2d(c_in, c_out - c_out // 2, 1, 2, bias=False)
-        self.bn = bn(c_out)
+        self.bn = bn(c_out, affine)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(x)
@@ -52,17 +57,17 @@ class Reduce(nn.Module):
         return self.bn(torch.cat([self.a(x), self.b(shifted)], 1))
 
 
-def op(name: str, c: int, stride: int) -> nn.Module:
+def op(name: str, c: int, stride: int, affine: bool = False) -> nn.Module:
     """A candidate operation of the space of the paper."""
     if name == "skip_connect":
-        return nn.Identity() if stride == 1 else Reduce(c, c)
+        return nn.Identity() if stride == 1 else Reduce(c, c, affine)
     return {
-        "max_pool_3x3": lambda: nn.Sequential(nn.MaxPool2d(3, stride, 1), bn(c)),
-        "avg_pool_3x3": lambda: nn.Sequential(nn.AvgPool2d(3, stride, 1, count_include_pad=False), bn(c)),
-        "sep_conv_3x3": lambda: nn.Sequential(*separable(c, 3, stride, 1), *separable(c, 3, 1, 1)),
-        "sep_conv_5x5": lambda: nn.Sequential(*separable(c, 5, stride, 1), *separable(c, 5, 1, 1)),
-        "dil_conv_3x3": lambda: nn.Sequential(*separable(c, 3, stride, 2)),
-        "dil_conv_5x5": lambda: nn.Sequential(*separable(c, 5, stride, 2)),
+        "max_pool_3x3": lambda: nn.Sequential(nn.MaxPool2d(3, stride, 1), bn(c, affine)),
+        "avg_pool_3x3": lambda: nn.Sequential(nn.AvgPool2d(3, stride, 1, count_include_pad=False), bn(c, affine)),
+        "sep_conv_3x3": lambda: nn.Sequential(*separable(c, 3, stride, 1, affine), *separable(c, 3, 1, 1, affine)),
+        "sep_conv_5x5": lambda: nn.Sequential(*separable(c, 5, stride, 1, affine), *separable(c, 5, 1, 1, affine)),
+        "dil_conv_3x3": lambda: nn.Sequential(*separable(c, 3, stride, 2, affine)),
+        "dil_conv_5x5": lambda: nn.Sequential(*separable(c, 5, stride, 2, affine)),
     }[name]()
 
 
@@ -72,9 +77,8 @@ class TextbookCell(nn.Module):
     def __init__(self, c_pp: int, c_p: int, c: int, reduction: bool, reduction_prev: bool) -> None:
         super().__init__()
         self.reduction = reduction
-        prepare = lambda c_in: nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c, 1, bias=False), bn(c))  # noqa: E731
-        self.pre0 = Reduce(c_pp, c) if reduction_prev else prepare(c_pp)
-        self.pre1 = prepare(c_p)
+        self.pre0 = Reduce(c_pp, c) if reduction_prev else prepare(c_pp, c)
+        self.pre1 = prepare(c_p, c)
         self.edges = nn.ModuleList()
         for i in range(4):
             for j in range(2 + i):

@@ -4,11 +4,13 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from test_retrain import searched  # noqa: F401
 
 import options
 import retrain
 from benchmarks import (
+    child_step,
     estimators,
     first_step,
     growth,
@@ -18,8 +20,10 @@ from benchmarks import (
     random_baseline,
     scaling,
     search_step,
+    widths,
 )
-from genotypes import random_genotype
+from genotypes import GENOTYPES, random_genotype
+from model import ChildNetwork
 from options import UserError
 from options.child_option import ChildOptions
 from options.constraint_option import ConstraintOptions
@@ -66,7 +70,7 @@ def test_a_search_step_is_compared_with_the_textbook_and_with_what_others_bring(
     )
     small = ["--init_channels=4", "--layers=3", "--batch_size=2", "--image_size=8", "--rounds=2", f"--out={tmp_path}"]
     result = search_step.main([*small, "--contenders=[textbook, ours]", f"--external={adapter}"])
-    stored, page = performance(tmp_path, "search_step")
+    stored, page = performance(tmp_path, machine.on_this("search_step"))
     assert stored["pairs"] == result["pairs"] and {*stored["pairs"]} == {"ours", "external"}
     for pair in result["pairs"].values():
         assert all(len(times) == 2 and min(times) > 0 for times in pair["seconds"].values())
@@ -77,6 +81,33 @@ def test_a_search_step_is_compared_with_the_textbook_and_with_what_others_bring(
     assert "| textbook |" in page and "| external |" in page
     with pytest.raises(UserError, match="no Python file"):
         search_step.main([*small, "--contenders=[textbook]", "--external=nowhere.py"])
+
+
+def test_widths_are_compared_with_the_form_without_kernels(tmp_path: Path) -> None:
+    small = ["--cases=[[4, 8]]", "--batch_size=2", "--rounds=2", f"--out={tmp_path}"]
+    result = widths.main(small)
+    assert performance(tmp_path, machine.on_this("widths"))[0]["cases"] == result["cases"]
+    assert all(len(times) == 2 for times in result["cases"][0]["seconds"].values())
+
+
+def test_a_child_is_compared_with_its_textbook_form(tmp_path: Path) -> None:
+    small = ["--init_channels=8", "--batch_size=2", "--image_size=8", "--rounds=2", f"--out={tmp_path}"]
+    result = child_step.main(small)
+    assert performance(tmp_path, machine.on_this("child_step_8_3"))[0]["seconds"] == result["seconds"]
+    assert result["params"]["textbook"] == result["params"]["ours"] == result["params"]["without kernels"]
+    assert abs(result["params"]["plain CNN"] / result["params"]["ours"] - 1) < 0.2
+
+
+def test_the_textbook_child_is_the_child() -> None:
+    genotype = GENOTYPES["DARTS_V2"]
+    ours, theirs = ChildNetwork(genotype, 4, 3, 3), child_step.TextbookChild(genotype, 4, 3, 3)
+    values = list(ours.parameters())
+    for p, value in zip(theirs.parameters(), values, strict=True):
+        assert p.numel() == value.numel()
+        p.data = value.detach().reshape(p.shape).clone()
+    images = torch.randn(4, 3, 12, 12)
+    outputs = [ours(images)[0], theirs(images)]
+    assert torch.allclose(*outputs, rtol=1e-3, atol=1e-4)
 
 
 def test_the_input_pipeline_is_compared_with_image_folder(tiny: Path, tmp_path: Path) -> None:
