@@ -1,10 +1,10 @@
-# Two commands: make search, make test. Each makes .venv first if it is missing or older than the requirements.
+# Two commands: make search, make test (make sanitize: the kernels' tests under sanitizers). Each makes .venv first if it is missing or older than the requirements.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NAME ?= quick
 
-.PHONY: search test format clean
+.PHONY: search test sanitize format clean
 
 search: .venv/.run
 	$(BIN)/python main.py --config options/presets/quick.yaml --name $(NAME) --resume True
@@ -15,6 +15,12 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 	$(BIN)/python -m pytest
+
+# Every width of vectors, sizes with a border of each kind; compiling takes most of the time
+sanitize: .venv/.dev
+	SNAS_KERNELS=on SNAS_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fused -k "not an_operation_is or -20- or -36- or -3-"
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

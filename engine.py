@@ -24,6 +24,21 @@ def autocast(run: Run) -> torch.autocast:
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.opt.precision == "bf16")
 
 
+def compile_cells(cells: Iterable[nn.Module]) -> None:
+    """Compile every cell on its own; one that the compiler gives up on raises instead of running slowly.
+
+    All cells share the code of their class, of which the compiler keeps 8 forms unless told otherwise; a network has
+    as many as it has cells, in training and once more where gradients are off.
+    """
+    cells = list(cells)
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(cells))
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * len(cells))
+    config.fail_on_recompile_limit_hit = True
+    for cell in cells:
+        cell.compile()
+
+
 class Figures(NamedTuple):
     """What an evaluation gives: mean cross-entropy in nats, accuracies in percent."""
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import CellPlan, Genotype, Node, cell_plan
-from operations import Conv, FactorizedReduce, Norm, Operation, Skip, State, drop_mask, make_op
+from operations import Conv, FactorizedReduce, Norm, Operation, Skip, State, drop_mask, drop_probability, make_op
 
 
 class ChildCell(nn.Module):
@@ -31,8 +31,8 @@ class ChildCell(nn.Module):
             for op, source in node
         )
 
-    def forward(self, before: State, last: State, drop: float = 0.0) -> Tensor:
-        """c_{k-2}, c_{k-1} -> (B, len(concat) * C, H', W')."""
+    def forward(self, before: Tensor, last: Tensor, drop: Tensor | None = None) -> Tensor:
+        """c_{k-2}, c_{k-1} and drop path's probability -> (B, len(concat) * C, H', W')."""
         states = [State(self.prepare0(before)), State(self.prepare1(last))]
         batch, channels, height, width = states[1].x.shape
         if self.reduction:
@@ -42,9 +42,9 @@ class ChildCell(nn.Module):
             total: Tensor | None = None
             for source in sources:
                 op, state = next(ops), states[source]
-                keep = drop_mask(state.x, drop) if self.training and not isinstance(op, Skip) else None
+                keep = None if drop is None or isinstance(op, Skip) else drop_mask(state.x, drop)
                 total = op(state, None, total, keep)
-            states.append(State(last.x.new_zeros(batch, channels, height, width) if total is None else total))
+            states.append(State(last.new_zeros(batch, channels, height, width) if total is None else total))
         return torch.cat([states[state].x for state in self.concat], 1)
 
 
@@ -141,12 +141,13 @@ class ChildNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, channels, H, W) -> logits (B, classes), and those of the auxiliary head in training."""
-        before = State(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        last = State(self.stem1(before.x)) if hasattr(self, "stem1") else before
+        before = self.stem(images.contiguous(memory_format=torch.channels_last))
+        last = self.stem1(before) if hasattr(self, "stem1") else before
+        drop = drop_probability(images, self.drop_path_prob if self.training else 0.0)
         side: Tensor | None = None
         for index, cell in enumerate(self.cells):
-            before, last = last, State(cell(before, last, self.drop_path_prob))
+            before, last = last, cell(before, last, drop)
             if self.auxiliary is not None and self.training and index == self.auxiliary_at:
-                side = self.auxiliary(last.x)
-        pooled = F.adaptive_avg_pool2d(last.x, 1).flatten(1)
+                side = self.auxiliary(last)
+        pooled = F.adaptive_avg_pool2d(last, 1).flatten(1)
         return self.classifier(pooled), side

@@ -16,7 +16,18 @@ from torch.utils.checkpoint import checkpoint
 import sampling
 from fused import operation as kernels
 from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
-from operations import Conv, FactorizedReduce, Norm, Operation, State, drop_mask, frozen_statistics, fused, make_op
+from operations import (
+    Conv,
+    FactorizedReduce,
+    Norm,
+    Operation,
+    State,
+    drop_mask,
+    drop_probability,
+    frozen_statistics,
+    fused,
+    make_op,
+)
 from sampling import Z
 
 
@@ -70,7 +81,7 @@ class Cell(nn.Module):
         )
 
     def forward(
-        self, before: State, last: State, z: Tensor, active: Sequence[Sequence[bool]], drop: float = 0.0
+        self, before: Tensor, last: Tensor, z: Tensor, active: Sequence[Sequence[bool]], drop: Tensor | None = None
     ) -> Tensor:
         """c_{k-2}, c_{k-1} and Z (E, O) -> (B, N * C, H', W')."""
         states = [State(self.prepare0(before)), State(self.prepare1(last))]
@@ -78,7 +89,7 @@ class Cell(nn.Module):
         for _ in range(self.nodes):
             total: Tensor | None = None
             for state, (edge, row, on) in zip(states, edges, strict=False):  # one edge from every earlier state
-                keep = drop_mask(state.x, drop) if self.training else None
+                keep = None if drop is None else drop_mask(state.x, drop)
                 total = edge(state, row, on, total, keep)
             states.append(State(self._zeros(states[1].x) if total is None else total))
         return torch.cat([state.x for state in states[2:]], 1)
@@ -147,30 +158,34 @@ class Network(nn.Module):
         evaluation of a one-hot Z; its term is zero either way.
         """
         self._check(z)
-        before = last = State(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        before = last = self.stem(images.contiguous(memory_format=torch.channels_last))
+        drop = drop_probability(images, self.drop_path_prob if self.training else 0.0)
         of_kind = [iter(self._per_cell(rows, kind)) for kind, rows in enumerate(z)]
         for cell in self.cells:
             rows = next(of_kind[cell.plan.reduction])  # (E, O)
             every = rows.requires_grad or rows.is_meta  # meta tensors, used to count flops, have no values
             active = [[True] * rows.shape[1]] * rows.shape[0] if every else (rows != 0).tolist()
             if self.recompute and self.training and torch.is_grad_enabled():
-                before, last = last, State(self._recomputed(cell, before, last, rows, active))
+                before, last = last, self._recomputed(cell, before, last, rows, active, drop)
             else:
-                before, last = last, State(cell(before, last, rows, active, self.drop_path_prob))
-        return self.classifier(last.x.mean((2, 3)))
+                before, last = last, cell(before, last, rows, active, drop)
+        return self.classifier(last.mean((2, 3)))
 
     def _recomputed(
-        self, cell: Cell, before: State, last: State, rows: Tensor, active: Sequence[Sequence[bool]]
+        self,
+        cell: Cell,
+        before: Tensor,
+        last: Tensor,
+        rows: Tensor,
+        active: Sequence[Sequence[bool]],
+        drop: Tensor | None,
     ) -> Tensor:
         """cell(...), of which the backward pass keeps only the inputs and computes the rest again."""
-
-        def run(before: Tensor, last: Tensor, rows: Tensor) -> Tensor:
-            return cell(State(before), State(last), rows, active, self.drop_path_prob)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), frozen_statistics(cell)  # of the forward pass, of its repetition
 
-        return checkpoint(run, before.x, last.x, rows, use_reentrant=False, context_fn=contexts)
+        return checkpoint(cell, before, last, rows, active, drop, use_reentrant=False, context_fn=contexts)
 
     def _check(self, z: Z) -> None:
         """Z as sample and one_hot give it, or a mistake that no operation downstream would notice."""

@@ -321,16 +321,19 @@ def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
     raise ValueError(f"no operation is called {name!r}")
 
 
-def drop_mask(x: Tensor, probability: float) -> Tensor | None:
+def drop_probability(x: Tensor, probability: float) -> Tensor | None:
+    """The probability of drop path where x is, a scalar: compiled code must not depend on its value; None for 0."""
+    return x.new_full((), probability) if probability else None
+
+
+def drop_mask(x: Tensor, probability: Tensor) -> Tensor:
     """What drop path multiplies the images of x (B, C, H, W) with: 0 with the given probability, else 1/(1 - p).
 
     Returns:
-        (B, 1, 1, 1), or None for a probability of 0.
+        (B, 1, 1, 1).
     """
-    if probability == 0.0:
-        return None
-    keep = 1.0 - probability
-    return torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep) / keep
+    keep = (1 - probability).to(x.dtype)
+    return torch.bernoulli(keep.expand(len(x), 1, 1, 1)) / keep
 
 
 _KINDS = {

@@ -87,8 +87,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
     costs = child.child_cost(genotype, opt.init_channels, opt.layers, run.data.info, opt.stem)
     experiment.announce(run, costs)
     if opt.compile:
-        for cell in learner.network.cells:
-            cell.compile()
+        engine.compile_cells(learner.network.cells)
     engine.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
     result = test_figures(run, learner.evaluated(), genotype)
     utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")

@@ -152,8 +152,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     run.restore(learner.parts())
     experiment.announce(run, experiment.supernet_cost(opt, run.data.info))
     if opt.compile:
-        for cell in learner.network.cells:
-            cell.compile()
+        engine.compile_cells(learner.network.cells)
     row = engine.fit(
         run,
         learner.parts(),

@@ -170,7 +170,8 @@ def _text(result: dict[str, Any]) -> str:
     head = ["network", "parameters", "s a step", "times faster than textbook", "images a second"]
     return (
         f"One retraining step of {setting['genotype']}, C = {setting['init_channels']}, {setting['layers']} cells, "
-        f"batch {batch}, {size}x{size}, float32; n = {len(seconds['ours'])} steps in turns, median (lowest to highest).\n\n"
+        f"batch {batch}, {size}x{size}, float32; n = {len(seconds['ours'])} steps in turns, "
+        f"median (lowest to highest).\n\n"
         f"{machine.table(head, rows)}"
     )
 

@@ -119,8 +119,7 @@ def make_contender(opt: StepOptions, name: str, device: torch.device) -> Contend
         )
     network = Network(opt.init_channels, 10, opt.layers, recompute=name == "recompute").to(device)
     if name == "compiled":
-        for cell in network.cells:
-            cell.compile()
+        engine.compile_cells(network.cells)
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):

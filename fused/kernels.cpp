@@ -23,6 +23,15 @@
 static int omp_get_thread_num() { return 0; }
 #endif
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+constexpr int FENCE = 16; // floats behind each part of the scratch memory that nobody may touch
+#else
+#define ASAN_POISON_MEMORY_REGION(at, size)
+#define ASAN_UNPOISON_MEMORY_REGION(at, size)
+constexpr int FENCE = 0;
+#endif
+
 struct Part { // as operation.py fills it
     int64_t batch, height, width, inputs, channels; // of x; channels of p
     int64_t kind, kernel, stride, dilation, relu;   // a Kind; ReLU before a convolution
@@ -62,7 +71,7 @@ constexpr int CHUNKS = 16;  // partial sums of the weight gradients
 #define IN_REGISTER(value)
 #endif
 
-constexpr size_t padded(size_t floats) { return (floats + 15) / 16 * 16; }
+constexpr size_t padded(size_t floats) { return (floats + 15) / 16 * 16 + FENCE; }
 
 // Scratch memory of a calling thread: it grows, and stays for the next call.
 struct Arena {
@@ -71,6 +80,8 @@ struct Arena {
 
     bool reserve(size_t floats) {
         used = 0;
+        floats += 32 * FENCE;
+        ASAN_UNPOISON_MEMORY_REGION(start, 4 * size);
         if (floats <= size) return true;
         free(start);
         size = (floats + 1023) / 1024 * 1024;
@@ -81,6 +92,7 @@ struct Arena {
     float *take(size_t floats) {
         float *part = start + used;
         used += padded(floats);
+        ASAN_POISON_MEMORY_REGION(start + used - FENCE, 4 * FENCE);
         return part;
     }
     float *zeros(size_t floats) {
@@ -88,7 +100,10 @@ struct Arena {
         if (floats) memset(part, 0, 4 * floats);
         return part;
     }
-    ~Arena() { free(start); }
+    ~Arena() {
+        ASAN_UNPOISON_MEMORY_REGION(start, 4 * size);
+        free(start);
+    }
 };
 
 thread_local Arena arena;

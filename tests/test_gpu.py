@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import torch
@@ -19,15 +18,18 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
+import engine
 import options
 import search
 from data import Data
-from genotypes import random_genotype
+from genotypes import GENOTYPES, random_genotype
 from model import ChildNetwork
 from model_search import Network
 from options.default_option import TrainOptions
+from sampling import Z
 
 CUDA = torch.device("cuda:0")
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
 
 
 @pytest.fixture
@@ -83,3 +85,78 @@ def test_statistics_of_the_images_are_sent_once(tiny: Path, monkeypatch: pytest.
     real = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *rest, **more: made.append(rest) or real(*rest, **more))
     assert len(list(data.train_batches(4, 1, cpu))) > 2 and len(made) == 1
+
+
+@pytest.fixture
+def compiler() -> Iterator[CompileCounter]:
+    """Counts the graphs that it is given, and runs them as they are."""
+    torch._dynamo.reset()
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
+        yield CompileCounter()
+    torch._dynamo.reset()
+
+
+def compiled(cells: nn.ModuleList, compiler: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend=compiler))
+    engine.compile_cells(cells)
+
+
+def test_a_deep_child_is_compiled_as_a_whole_and_not_again_every_epoch(
+    compiler: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = ChildNetwork(GENOTYPES["SNAS_aggressive"], 2, 3, 20).train()
+    compiled(child.cells, compiler, monkeypatch)
+    images, counts = torch.randn(4, 3, 8, 8), []
+    for epoch in range(5):
+        child.drop_path_prob = 0.2 * epoch / 4
+        child(images)[0].sum().backward()
+        counts.append(compiler.frame_count)
+    assert counts[0] > 8 and counts[1] <= 2 * counts[0] and counts[1] == counts[-1]  # without drop path, and with
+    assert not counters["graph_break"]
+
+
+def test_a_compiled_supernet_takes_every_z_without_compiling_again(
+    compiler: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, images = Network(2, 3, 12, nodes=1, drop_path_prob=0.2).train(), torch.randn(4, 3, 8, 8)
+    compiled(network.cells, compiler, monkeypatch)
+    counts = []
+    for _ in range(3):
+        network(images, network.sample(1.0)).sum().backward()
+        counts.append(compiler.frame_count)
+    assert counts[0] == counts[-1] > 3 and not counters["graph_break"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_step_on_a_gpu_is_that_of_the_cpu(precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network, images = Network(8, 3, 3), torch.randn(4, 3, 16, 16)
+    z = Z(*(part.detach() for part in network.sample(1.0)))
+    there, wanted = copy.deepcopy(network).to(CUDA), network(images, z)
+    sent, drawn = images.to(CUDA), Z(*(part.to(CUDA).requires_grad_() for part in z))
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
+        torch.cuda.set_sync_debug_mode("error")  # no wait within the pass
+        got = there(sent, drawn)
+        got.sum().backward()
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(got.float().cpu(), wanted, atol=1e-3 if precision == torch.float32 else 0.2)
+
+
+def test_what_the_compiler_sees_gives_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    base, images = Network(4, 5, 3, nodes=1), torch.randn(4, 3, 8, 8)
+    z = Z(*(part.detach() for part in base.sample(1.0)))
+    compiled = copy.deepcopy(base)
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        engine.compile_cells(compiled.cells)
+        results = []
+        for network in (base, compiled):
+            network(images, z).square().mean().backward()
+            results.append([p.grad for p in network.thetas()] + [b.float() for b in network.buffers()])
+    torch._dynamo.reset()
+    assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(*results, strict=True))

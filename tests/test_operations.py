@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from genotypes import SPACES
-from operations import FactorizedReduce, Norm, drop_mask, make_op, spatial_conv
+from operations import FactorizedReduce, Norm, drop_mask, drop_probability, make_op, spatial_conv
 
 ALL_OPS = sorted({op for space in SPACES.values() for op in space} - {"none"})
 
@@ -75,7 +75,7 @@ def test_average_pooling_does_not_count_the_padding() -> None:
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     x = torch.randn(4000, 2, 1, 2)
-    mask = drop_mask(x, 0.25)
+    mask = drop_mask(x, drop_probability(x, 0.25))
     assert mask.shape == (4000, 1, 1, 1) and {round(v, 5) for v in mask.unique().tolist()} == {0.0, round(1 / 0.75, 5)}
     assert mask.mean().item() == pytest.approx(1, abs=0.04)
-    assert drop_mask(x, 0.0) is None
+    assert drop_probability(x, 0.0) is None
