@@ -62,7 +62,7 @@ class RunOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 autocast."""
     compile: bool = False
-    """Compile the cells with torch.compile: minutes at the start, faster steps."""
+    """Compile the cells with torch.compile: minutes at the start; for GPUs, a CPU is faster without."""
     batch_size: PositiveInt = 64
     """Images a training step."""
     eval_batch_size: PositiveInt = 256
