@@ -137,8 +137,9 @@ template <int V> struct Kernel {
     const int h, w, n, np;           // output; its pixels; the same in whole blocks
     const bool halves, conv, deep, apart, pool, stored; // deep: with depthwise weights; apart: d is not x in its border;
                                                         // stored: p is not x
-    const size_t input, pixels, filtered, bordered; // of an image, as floats: x, p, d, x in its border
-    const size_t frame, plane, row;      // of a group of it in its border, as floats; of p; of a pixel of p
+    const size_t input, pixels, filtered; // of an image, as floats: x, p, d
+    const size_t frame, bordered;         // x in its border: of a group; of what is needed at a time
+    const size_t plane, row;              // of a group of p; of a pixel of p
 
     static int up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
@@ -149,7 +150,7 @@ template <int V> struct Kernel {
           h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np(up(n, BLOCK)), halves(s.kind == HALVES),
           conv(s.kind == CONV || halves), deep(conv && s.depthwise), apart(deep || halves), pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp),
           input(size_t(s.height) * s.width * D), pixels(size_t(np) * Cp), filtered(size_t(np) * M),
-          bordered(size_t(up(Hp * Wp, BLOCK)) * Dp), frame(bordered / (Dp / V)), plane(stored ? size_t(np) * V : V),
+          frame(size_t(up(Hp * Wp, BLOCK)) * V), bordered(conv && !apart ? frame * (Dp / V) : frame), plane(stored ? size_t(np) * V : V),
           row(stored ? V : C) {}
 
     static vec get(const float *at) { return *reinterpret_cast<const loose *>(at); }
@@ -200,58 +201,57 @@ template <int V> struct Kernel {
     // The middle of a border: its first pixel.
     template <typename Float> Float *inside(Float *border) const { return border + (size_t(pad) * Wp + pad) * V; }
 
-    // body(pixel of the input, its place in the border, lanes) for all pixels, V channels at a time
-    template <typename Body> void framed(Body body) const {
-        for (int g = 0; g < Dp; g += V)
-            for (int y = 0; y < H; y++) {
-                const int64_t first = y * grid * s.width, at = g / V * frame + int64_t(y) * Wp * V;
-                if (grid == 1) {
-                    each(D, s.height * s.width, g, first, first + W,
-                         [&](int64_t i, auto lanes, auto) { body(i, at + (i - first) * V, g, lanes); });
-                    continue;
-                }
-                for (int x = 0; x < W; x++)
-                    each(D, s.height * s.width, g, first + x * grid, first + x * grid + 1,
-                         [&](int64_t i, auto lanes, auto) { body(i, at + x * V, g, lanes); });
+    // body(pixel of the input, its place in the border, lanes) for all pixels at their V channels from g on
+    template <typename Body> void framed(int g, Body body) const {
+        for (int y = 0; y < H; y++) {
+            const int64_t first = y * grid * s.width, at = int64_t(y) * Wp * V;
+            if (grid == 1) {
+                each(D, s.height * s.width, g, first, first + W,
+                     [&](int64_t i, auto lanes, auto) { body(i, at + (i - first) * V, lanes); });
+                continue;
             }
+            for (int x = 0; x < W; x++)
+                each(D, s.height * s.width, g, first + x * grid, first + x * grid + 1,
+                     [&](int64_t i, auto lanes, auto) { body(i, at + x * V, lanes); });
+        }
     }
 
-    // The input image into the middle of its border.
-    void enclose(const float *from, float *border) const {
+    // A group of the input image into the middle of its border.
+    void enclose(int g, const float *image, float *border) const {
+        const float *from = image + g;
         float *to = inside(border);
-        if (s.relu) framed([=](int64_t i, int64_t at, int g, auto l) { set(to + at, positive(l.load(from + g, i))); });
-        else framed([=](int64_t i, int64_t at, int g, auto l) { set(to + at, l.load(from + g, i)); });
+        if (s.relu) framed(g, [=](int64_t i, int64_t at, auto lanes) { set(to + at, positive(lanes.load(from, i))); });
+        else framed(g, [=](int64_t i, int64_t at, auto lanes) { set(to + at, lanes.load(from, i)); });
     }
 
-    // The gradient of the input image from the middle of a border, cut off where the ReLU did.
-    void extract(const float *border, const float *image, float *to) const {
-        const float *from = inside(border);
+    // The gradient of a group of the input image from the middle of a border, cut off where the ReLU did.
+    void extract(int g, const float *border, const float *image, float *grad_x) const {
+        const float *from = inside(border), *x = image + g;
+        float *to = grad_x + g;
         const bool relu = s.relu, add = s.accumulate;
-        if (grid > 1 && !add) memset(to, 0, 4 * input);
-        framed([=](int64_t i, int64_t at, int g, auto lanes) {
+        framed(g, [=](int64_t i, int64_t at, auto lanes) {
             vec v = get(from + at);
-            if (relu) v = lanes.load(image + g, i) <= vec{} ? vec{} : v;
-            lanes.store(to + g, i, add ? v + lanes.load(to + g, i) : v);
+            if (relu) v = lanes.load(x, i) <= vec{} ? vec{} : v;
+            lanes.store(to, i, add ? v + lanes.load(to, i) : v);
         });
     }
 
-    // Pixels of the output (h, w) to every stride-th pixel of the middle of a border.
+    // Pixels of a group of the output (h, w) to every stride-th pixel of the middle of a border.
     void spread(const float *from, float *border) const {
         const int step = stride * V;
-        for (int g = 0; g < Dp; g += V, from += size_t(np - n) * V)
-            for (int y = 0; y < h; y++) {
-                float *to = inside(border) + g / V * frame + size_t(y) * stride * Wp * V;
-                for (int x = 0; x < w; x++, to += step, from += V) set(to, get(from));
-            }
+        for (int y = 0; y < h; y++) {
+            float *to = inside(border) + size_t(y) * stride * Wp * V;
+            for (int x = 0; x < w; x++, to += step, from += V) set(to, get(from));
+        }
     }
 
-    // call(x's pixel, d's pixel) for the even pixels of every group, then the odd ones; x in its border
-    template <typename Call> void each_half(float *x, float *d, Call call) const {
-        for (int half = 0; half < 2; half++)
-            for (int g = 0; g < Dp / V; g++, d += size_t(np - n) * V)
-                for (int r = 0; r < h; r++)
-                    for (int c = 0; c < w; c++, d += V)
-                        call(x + g * frame + (size_t(2 * r + half) * Wp + 2 * c + half) * V, d);
+    // call(x's pixel, d's pixel) for the even and for the odd pixels of a group; x in its border
+    template <typename Call> void each_half(int g, float *x, float *d, Call call) const {
+        for (int half = 0; half < 2; half++) {
+            float *at = d + (half * size_t(Dp) + g) * np;
+            for (int r = 0; r < h; r++)
+                for (int c = 0; c < w; c++, at += V) call(x + (size_t(2 * r + half) * Wp + 2 * c + half) * V, at);
+        }
     }
 
     // N neighbouring pixels of a depthwise convolution; every pixel of x is loaded once a row of taps.
@@ -336,19 +336,14 @@ template <int V> struct Kernel {
         k == 3 ? call(Int<3>()) : k == 5 ? call(Int<5>()) : call(Int<7>());
     }
 
-    // y has groups of `plane` floats
-    void filter(const float *x, const float *taps, float *y, size_t plane, int rows, int columns, int leap,
-                int step) const {
+    void filter(const float *x, const float *taps, float *y, int rows, int columns, int leap, int step) const {
         with_taps(k, step, dilation, [&](auto K, auto S, auto E) {
-            for (int g = 0; g < Dp / V; g++)
-                filter_of<K.value, S.value, E.value>(x + g * frame, taps + g * kk * V, y + g * plane, rows, columns, leap);
+            filter_of<K.value, S.value, E.value>(x, taps, y, rows, columns, leap);
         });
     }
     void correlate(const float *x, const float *up, float *sums) const {
-        with_taps(k, stride, dilation, [&](auto K, auto S, auto E) {
-            for (int g = 0; g < Dp / V; g++)
-                correlate_of<K.value, S.value, E.value>(x + g * frame, up + g * np * V, sums + g * kk * V);
-        });
+        with_taps(k, stride, dilation,
+                  [&](auto K, auto S, auto E) { correlate_of<K.value, S.value, E.value>(x, up, sums); });
     }
 
     // The two factors and the result of a matrix product, P rows and G vectors at a time.
@@ -435,7 +430,7 @@ template <int V> struct Kernel {
                 const int left = halves && c >= C / 2 ? Dp : 0, right = halves && c + V <= C / 2 ? Dp : M;
                 Product{grad_p + c / V * plane + first * V, 0, d + left / V * plane + first * V, V, plane,
                         matrix + (c * size_t(M) + left), size_t(M), V, n - first < STRETCH ? n - first : STRETCH}
-                    .template all<1, V, true>(V, (right - left) / V);
+                    .template all<1, V, true>(C - c < V ? up(C - c, 4) : V, (right - left) / V);
             }
     }
 
@@ -447,7 +442,7 @@ template <int V> struct Kernel {
     Axis across() const { return {Hp, w, size_t(Wp) * V, size_t(stride) * V, V}; }
     Axis down() const { return {h, w, size_t(stride) * w * V, V, size_t(w) * V}; }
     size_t half() const { return size_t(Hp) * w * V; } // of a group, after the first axis
-    size_t halfway() const { return pool ? padded(half() * (Cp / V)) : 0; }
+    size_t halfway() const { return pool ? padded(half()) : 0; }
 
     void pool_axis(Axis axis, const float *x, float *y) const {
         with_side(k, [&](auto K) { s.kind == MEAN ? pool_of<K.value, true>(axis, x, y) : pool_of<K.value, false>(axis, x, y); });
@@ -502,23 +497,18 @@ template <int V> struct Kernel {
         return last - (first > 0 ? first : 0);
     }
     void pooling(const float *x, float *between, float *p) const {
-        for (int g = 0; g < Cp / V; g++, x += frame, between += half(), p += np * V) {
-            pool_axis(across(), x, between);
-            pool_axis(down(), between, p);
-            if (s.kind == MEAN) average(p);
-        }
+        pool_axis(across(), x, between);
+        pool_axis(down(), between, p);
+        if (s.kind == MEAN) average(p);
     }
     // grad_p is divided in place for MEAN
     void pooling_back(const float *x, const float *p, float *grad_p, float *between, float *grad_between,
                       float *grad) const {
-        memset(grad, 0, 4 * bordered), memset(grad_between, 0, 4 * halfway());
-        for (int g = 0; g < Cp / V; g++, x += frame, grad += frame, p += np * V, grad_p += np * V) {
-            if (s.kind == MEAN) average(grad_p);
-            else pool_axis(across(), x, between);
-            pool_axis_back(down(), between, p, grad_p, grad_between);
-            pool_axis_back(across(), x, between, grad_between, grad);
-            between += half(), grad_between += half();
-        }
+        memset(grad, 0, 4 * frame), memset(grad_between, 0, 4 * half());
+        if (s.kind == MEAN) average(grad_p);
+        else pool_axis(across(), x, between);
+        pool_axis_back(down(), between, p, grad_p, grad_between);
+        pool_axis_back(across(), x, between, grad_between, grad);
     }
 
     // What lies around an image: zeros, or what no maximum can be.
@@ -566,19 +556,15 @@ template <int V> struct Kernel {
                 });
             return p;
         }
-        enclose(x, border);
-        if (pool) {
-            pooling(border, border + padded(bordered), p);
-            return p;
+        for (int g = 0; g < Dp; g += V) { // a group at a time: its border stays in the innermost cache
+            float *at = apart || pool ? border : border + g / V * frame;
+            enclose(g, x, at);
+            if (pool) pooling(border, border + padded(bordered), p + g * size_t(np));
+            if (deep) filter(border, weights.taps + g * kk, d + g * size_t(np), h, w, w, stride);
+            if (halves) each_half(g, border, d, [](const float *from, float *to) { set(to, get(from)); });
         }
-        if (deep) {
-            filter(border, weights.taps, d, size_t(np) * V, h, w, w, stride);
-            blank(d);
-        }
-        if (halves) {
-            each_half(border, d, [](const float *from, float *to) { set(to, get(from)); });
-            blank(d);
-        }
+        if (pool) return p;
+        if (apart) blank(d);
         multiply(apart ? d : border, weights.matrix, p);
         return p;
     }
@@ -742,24 +728,28 @@ template <int V> struct Kernel {
                     float *result = s.grad_x + i * input;
                     gradient(s.grad + size_t(i) * n * C, p, a, mean, slope, shift, keep(i), grad_p, result);
                     if (!conv && !pool) continue;
-                    enclose(image, border);
-                    if (pool) {
-                        pooling_back(border, p, grad_p, between, grad_between, grad_border);
-                        extract(grad_border, image, result);
-                        continue;
-                    }
+                    if (grid > 1 && !s.accumulate) memset(result, 0, 4 * input);
                     float *taps = partial + chunk * part, *matrix = taps + taps_size();
-                    const float *d = apart ? depths + i * filtered : border;
-                    outer(grad_p, d, matrix);
-                    multiply_back(grad_p, weights.transposed, grad_d);
-                    if (deep) {
-                        correlate(border, grad_d, taps);
-                        // x's gradient: a plain convolution of d's, spread over the strides, with turned taps
-                        spread(grad_d, grad_border);
-                        filter(grad_border, weights.turned, inside(border), frame, H, W, Wp, 1);
+                    if (conv && !apart)
+                        for (int g = 0; g < Dp; g += V) enclose(g, image, border + g / V * frame);
+                    if (conv) {
+                        outer(grad_p, apart ? depths + i * filtered : border, matrix);
+                        multiply_back(grad_p, weights.transposed, grad_d);
                     }
-                    if (halves) each_half(grad_border, grad_d, [](float *to, const float *from) { set(to, get(from)); });
-                    extract(deep ? border : halves ? grad_border : grad_d, image, result);
+                    for (int g = 0; g < Dp; g += V) {
+                        const size_t at = g * size_t(np);
+                        if (pool || deep) enclose(g, image, border);
+                        if (pool) pooling_back(border, p + at, grad_p + at, between, grad_between, grad_border);
+                        if (deep) {
+                            correlate(border, grad_d + at, taps + g * kk);
+                            // x's gradient: a plain convolution of d's, spread over the strides, with turned taps
+                            spread(grad_d + at, grad_border);
+                            filter(grad_border, weights.turned + g * kk, inside(border), H, W, Wp, 1);
+                        }
+                        if (halves)
+                            each_half(g, grad_border, grad_d, [](float *to, const float *from) { set(to, get(from)); });
+                        extract(g, deep ? border : pool || halves ? grad_border : grad_d + at, image, result);
+                    }
                 }
             if (conv) collect(partial, chunks, part);
         }
