@@ -116,5 +116,9 @@ def test_drop_path_spares_the_identity() -> None:
     )
     child = ChildNetwork(skips, 4, 3, 3, drop_path_prob=0.9)
     x = torch.randn(8, 12, 6, 6)
-    assert torch.allclose(child.cells[0](x, x, 0.9), child.cells[0].prepare1(x), atol=1e-6)
-    assert (child.cells[1](torch.randn(64, 12, 6, 6), torch.randn(64, 4, 6, 6), 0.9).flatten(1) == 0).all(1).any()
+    assert torch.allclose(child.cells[0](x, x, torch.tensor(0.9)), child.cells[0].prepare1(x), atol=1e-6)
+    assert (
+        (child.cells[1](torch.randn(64, 12, 6, 6), torch.randn(64, 4, 6, 6), torch.tensor(0.9)).flatten(1) == 0)
+        .all(1)
+        .any()
+    )
