@@ -1,4 +1,4 @@
-# Two commands: make search, make test (make sanitize: the kernels' tests under sanitizers). Each makes .venv first if it is missing or older than the requirements.
+# Two commands: make search, make test. Each makes .venv first if it is missing or older than the requirements.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin

@@ -172,7 +172,7 @@ class Skip(Operation):
 
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         if scale is None:
-            return y.clone() if total is None else total.add_(y)
+            return y.clone() if total is None else total.add_(y)  # the sum of a node grows in place, a state must not
         return y * scale if total is None else total.addcmul_(y, scale)
 
 
@@ -361,7 +361,7 @@ def kernels_in_words() -> str:
     """Which form of the operations runs on this machine's CPU in float32, and why."""
     library = build.library()
     if library is None:
-        return f"PyTorch's own operations, {build.missing}; steps take more than twice as long"
+        return f"PyTorch's own operations, which are slower: {build.missing}"
     chosen = _chosen()
     ratios = ", ".join(f"{name} {ratio:.1f}" for name, ratio in _ratios.items())
     why = f"measured times faster than PyTorch's: {ratios}" if ratios else "SNAS_KERNELS=on"

@@ -144,14 +144,16 @@ template <int V> struct Kernel {
     static int up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
     explicit Kernel(const Part &part)
-        : s(part), C(s.channels), Cp(up(C, V)), D(s.inputs), Dp(up(D, V)), M(s.kind == HALVES ? 2 * Dp : Dp), grid(s.kind == CONV && s.stride == 2 && s.dilation == 2 ? 2 : 1), k(s.kernel), kk(k * k),
+        : s(part), C(s.channels), Cp(up(C, V)), D(s.inputs), Dp(up(D, V)), M(s.kind == HALVES ? 2 * Dp : Dp),
+          grid(s.kind == CONV && s.stride == 2 && s.dilation == 2 ? 2 : 1), k(s.kernel), kk(k * k),
           stride(s.stride / grid), dilation(s.dilation / grid), pad(dilation * (k / 2)), H((s.height + grid - 1) / grid),
           W((s.width + grid - 1) / grid), Hp(H + 2 * pad + (s.kind == HALVES)), Wp(W + 2 * pad + (s.kind == HALVES)),
           h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np(up(n, BLOCK)), halves(s.kind == HALVES),
-          conv(s.kind == CONV || halves), deep(conv && s.depthwise), apart(deep || halves), pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp),
+          conv(s.kind == CONV || halves), deep(conv && s.depthwise), apart(deep || halves),
+          pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp),
           input(size_t(s.height) * s.width * D), pixels(size_t(np) * Cp), filtered(size_t(np) * M),
-          frame(size_t(up(Hp * Wp, BLOCK)) * V), bordered(conv && !apart ? frame * (Dp / V) : frame), plane(stored ? size_t(np) * V : V),
-          row(stored ? V : C) {}
+          frame(size_t(up(Hp * Wp, BLOCK)) * V), bordered(conv && !apart ? frame * (Dp / V) : frame),
+          plane(stored ? size_t(np) * V : V), row(stored ? V : C) {}
 
     static vec get(const float *at) { return *reinterpret_cast<const loose *>(at); }
     static void set(float *at, vec v) { *reinterpret_cast<loose *>(at) = v; }

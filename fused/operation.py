@@ -134,24 +134,29 @@ def _check_part(shape: Shape, part: Part) -> Shape:
     batch, inputs, height, width = shape
     if part.kernel not in KERNELS or part.stride not in (1, 2) or part.kernel + part.dilation not in range(2, 9):
         raise ValueError(f"no kernel for {part.kernel}x{part.kernel}, stride {part.stride}, dilation {part.dilation}")
-    channels, plain = inputs, part.kernel == part.stride == part.dilation == 1
-    if part.kind == CONV and part.pointwise is not None and (plain if part.depthwise is None else part.kernel > 1):
-        channels = part.pointwise.shape[0]
-        _check("the depthwise weight", part.depthwise, (inputs, 1, part.kernel, part.kernel))
-        _check("the pointwise weight", part.pointwise, (channels, inputs, 1, 1))
-    elif part.kind == HALVES and part.pointwise is not None and (part.kernel, part.stride, part.dilation) == (1, 2, 1):
-        channels = part.pointwise.shape[0]
-        _check("the pointwise weight", part.pointwise, (channels, inputs, 1, 1))
-    elif not (plain if part.kind == NOTHING else part.kind in (MAX, MEAN) and part.kernel > 1 == part.dilation):
+    steps, deep = (part.kernel, part.stride, part.dilation), part.depthwise is not None
+    known = {
+        NOTHING: steps == (1, 1, 1) and not part.relu,
+        CONV: part.kernel > 1 if deep else steps == (1, 1, 1),
+        HALVES: steps == (1, 2, 1) and not deep,
+        MAX: part.kernel > 1 == part.dilation,
+        MEAN: part.kernel > 1 == part.dilation,
+    }
+    if not known.get(part.kind) or (part.pointwise is not None) != (part.kind in (CONV, HALVES)):
         raise ValueError(f"no such part: {part}")
+    channels = inputs if part.pointwise is None else part.pointwise.shape[0]
+    _check("the depthwise weight", part.depthwise, (inputs, 1, part.kernel, part.kernel))
+    _check("the pointwise weight", part.pointwise, (channels, inputs, 1, 1))
     shape = (batch, channels, -(-height // part.stride), -(-width // part.stride))
     norm = part.norm
     if norm is not None:
         for name in ("weight", "bias", "running_mean", "running_var"):
             _check(f"batch norm's {name}", getattr(norm, name), (channels,))
         count = norm.num_batches_tracked
-        if norm.running_var is None or norm.momentum is None or count is None or count.dtype != torch.int64:
+        if norm.running_mean is None or norm.running_var is None or norm.momentum is None or count is None:
             raise ValueError("batch norm has to track its statistics with a momentum")
+        if count.dtype != torch.int64 or count.device.type != "cpu" or count.dim():
+            raise TypeError(f"batch norm's counter is {count.dtype} on {count.device}, of shape {tuple(count.shape)}")
         if norm.training and batch * shape[2] * shape[3] < 2:
             raise ValueError(f"batch norm needs more than one value a channel in training, got {shape}")
     return shape
@@ -169,6 +174,8 @@ class _Apply(torch.autograd.Function):
         places: Sequence[int],
         *tensors: Tensor | None,  # depthwise, pointwise, gamma and beta of every part
     ) -> Tensor:
+        if not operations or not all(operations):
+            raise ValueError("there is no operation, or one without parts")
         x = x.contiguous(memory_format=torch.channels_last)
         _check("the input", x, tuple(x.shape), images=True)
         _check("keep", keep, (len(x), 1, 1, 1))

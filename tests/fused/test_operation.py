@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import operations
 from fused import build
 from fused import operation as kernels
+from fused.operation import Part
 from genotypes import random_genotype
 from model import ChildNetwork
 from model_search import Network
@@ -297,7 +298,15 @@ WRONG = {
     "depthwise weight": (ValueError, lambda op, x, z, t, k: spoilt(op, "half1.depthwise", 8, 1, 3, 3)(x, z, t, k)),
     "pointwise weight": (ValueError, lambda op, x, z, t, k: spoilt(op, "half2.pointwise", 16, 8, 1, 1)(x, z, t, k)),
     "side of a kernel": (ValueError, lambda op, x, z, t, k: spoilt(op, "half1.depthwise", 16, 1, 9, 9)(x, z, t, k)),
-    "batch norm": (ValueError, lambda op, x, z, t, k: spoilt_norm(op)(x, z, t, k)),
+    "batch norm": (ValueError, lambda op, x, z, t, k: spoilt_norm(op, running_var=torch.ones(8))(x, z, t, k)),
+    "no operation": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [], total=t)),
+    "no parts": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [()], total=t)),
+    "ReLU of nothing": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [[Part(kernels.NOTHING, relu=True)]])),
+    "half of the statistics": (ValueError, lambda op, x, z, t, k: spoilt_norm(op, running_mean=None)(x, z, t, k)),
+    "device of the counter": (
+        TypeError,
+        lambda op, x, z, t, k: spoilt_norm(op, num_batches_tracked=torch.tensor(0, device="meta"))(x, z, t, k),
+    ),
     "dimensions of x": (RuntimeError, lambda op, x, z, t, k: op(x[0], z, t, k)),
 }
 
@@ -307,8 +316,9 @@ def spoilt(op: nn.Module, name: str, *shape: int) -> nn.Module:
     return op
 
 
-def spoilt_norm(op: nn.Module) -> nn.Module:
-    op.half2.norm.running_var = torch.ones(8)
+def spoilt_norm(op: nn.Module, **buffers: Tensor | None) -> nn.Module:
+    for name, value in buffers.items():
+        setattr(op.half2.norm, name, value)
     return op
 
 
