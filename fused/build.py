@@ -53,6 +53,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for name in ("parts_forward", "parts_backward"):
         getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    found.kept_floats.argtypes, found.kept_floats.restype = [ctypes.c_void_p], ctypes.c_int64
     _keep_memory()
     return found
 
@@ -99,7 +100,7 @@ def _keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # glibc before 2.35 refuses a threshold above 32 MB; any setting ends its own adjustment: then set none
     if mallopt is not None and mallopt(mmap_threshold, 2**30):
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)
         mallopt(top_pad, 2**26)
 
 

@@ -8,10 +8,11 @@
 //   NOTHING
 // then batch norm with all that may scale it, y = keep scale (gamma (p - mean) / std + beta), and out = y or out += y.
 //
-// Each image is worked on as a whole, in the cache of one core. Inside it lies as (groups, pixels, V): V floats are a
-// register of the processor, or fewer where there are few channels; the last group is padded with zeros. Sums over the
-// batch are taken per image or per chunk of images and added in a fixed order, so that no result depends on the number
-// of threads.
+// Each image is worked on by one core. Inside it lies as (groups, pixels, V): V floats are a register of the processor,
+// or fewer where there are few channels; the last group is padded with zeros. A convolution goes through it in bands of
+// rows, from x to p and back, so that all but p stays in the innermost cache. Batch norm needs the whole batch twice:
+// the second time the images come in reverse, while the last ones are still in a cache. Sums over the batch are taken
+// per image or per chunk of images and added in a fixed order, so that no result depends on the number of threads.
 
 #include <cmath>
 #include <cstdint>
@@ -21,6 +22,7 @@
 #include <omp.h>
 #else
 static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
 #endif
 
 #ifdef __SANITIZE_ADDRESS__
@@ -43,6 +45,8 @@ struct Part { // as operation.py fills it
     int64_t *tracked;
     float *statistics;                              // mean and 1 / std (2, channels), written forward, read backward
     float *out;                                     // (B, h, w, channels)
+    float *kept;                                    // p as forward leaves it to backward, kept_floats(); may be missing
+    const float *normal;                            // p normalised, like out; missing backward: p is kept or made again
     const float *grad;                              // of out; the rest is written backward, grad_x added to if accumulate
     float *grad_x, *grad_depthwise, *grad_pointwise, *grad_gamma, *grad_beta, *grad_scale;
 };
@@ -60,9 +64,8 @@ constexpr int WIDEST = 4, REGISTERS = 32;
 #else
 constexpr int WIDEST = 4, REGISTERS = 16;
 #endif
-constexpr int BLOCK = REGISTERS == 32 ? 8 : 12; // pixels of an image are padded to it: rows of a matrix that share a load
-constexpr int STRETCH = 128; // pixels of a matrix product that stay in the innermost cache
-constexpr int CHUNKS = 16;  // partial sums of the weight gradients
+constexpr int PIXELS = 64; // of a band, about
+constexpr int CHUNKS = 16; // partial sums of the weight gradients
 
 // Keeps GCC from loading a value again at each of its uses.
 #if defined(__x86_64__)
@@ -73,32 +76,39 @@ constexpr int CHUNKS = 16;  // partial sums of the weight gradients
 
 constexpr size_t padded(size_t floats) { return (floats + 15) / 16 * 16 + FENCE; }
 
-// Scratch memory of a calling thread: it grows, and stays for the next call.
-struct Arena {
-    float *start = nullptr;
-    size_t size = 0, used = 0;
+// Scratch memory that is handed out in parts.
+struct Scratch {
+    float *next = nullptr;
 
-    bool reserve(size_t floats) {
-        used = 0;
-        floats += 32 * FENCE;
-        ASAN_UNPOISON_MEMORY_REGION(start, 4 * size);
-        if (floats <= size) return true;
-        free(start);
-        size = (floats + 1023) / 1024 * 1024;
-        start = static_cast<float *>(aligned_alloc(64, 4 * size));
-        if (!start) size = 0;
-        return start != nullptr;
-    }
     float *take(size_t floats) {
-        float *part = start + used;
-        used += padded(floats);
-        ASAN_POISON_MEMORY_REGION(start + used - FENCE, 4 * FENCE);
+        float *part = next;
+        next += padded(floats);
+        ASAN_POISON_MEMORY_REGION(next - FENCE, 4 * FENCE);
         return part;
     }
     float *zeros(size_t floats) {
         float *part = take(floats);
         if (floats) memset(part, 0, 4 * floats);
         return part;
+    }
+};
+
+// That of a calling thread: it grows, and stays for the next call.
+struct Arena : Scratch {
+    float *start = nullptr;
+    size_t size = 0;
+
+    bool reserve(size_t floats) {
+        floats += 32 * FENCE;
+        ASAN_UNPOISON_MEMORY_REGION(start, 4 * size);
+        if (floats > size) {
+            free(start);
+            size = (floats + 1023) / 1024 * 1024;
+            start = static_cast<float *>(aligned_alloc(64, 4 * size));
+            if (!start) size = 0;
+        }
+        next = start;
+        return start != nullptr;
     }
     ~Arena() {
         ASAN_UNPOISON_MEMORY_REGION(start, 4 * size);
@@ -134,12 +144,13 @@ template <int V> struct Kernel {
     const int grid;                  // a convolution with stride and dilation 2 is a plain one of every 2nd pixel
     const int k, kk, stride, dilation, pad;
     const int H, W, Hp, Wp;          // what is read of the input, and with its border of zeros
-    const int h, w, n, np;           // output; its pixels; the same in whole blocks
+    const int h, w, n, np;           // output; its pixels; the same with room for a whole block of rows of a matrix
     const bool halves, conv, deep, apart, pool, stored; // deep: with depthwise weights; apart: d is not x in its border;
                                                         // stored: p is not x
-    const size_t input, pixels, filtered; // of an image, as floats: x, p, d
-    const size_t frame, bordered;         // x in its border: of a group; of what is needed at a time
-    const size_t plane, row;              // of a group of p; of a pixel of p
+    const int step, rows, band;           // of the output at a time: pixels; rows; their pixels with room for a block
+    const size_t input, pixels;           // of an image, as floats: x, p
+    const size_t line, frame, plane;      // x in its border: a row, a group; a group of p
+    const size_t bordered;                // what is needed of x in its border at a time
 
     static int up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
@@ -148,12 +159,52 @@ template <int V> struct Kernel {
           grid(s.kind == CONV && s.stride == 2 && s.dilation == 2 ? 2 : 1), k(s.kernel), kk(k * k),
           stride(s.stride / grid), dilation(s.dilation / grid), pad(dilation * (k / 2)), H((s.height + grid - 1) / grid),
           W((s.width + grid - 1) / grid), Hp(H + 2 * pad + (s.kind == HALVES)), Wp(W + 2 * pad + (s.kind == HALVES)),
-          h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np(up(n, BLOCK)), halves(s.kind == HALVES),
-          conv(s.kind == CONV || halves), deep(conv && s.depthwise), apart(deep || halves),
-          pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool || C != Cp),
-          input(size_t(s.height) * s.width * D), pixels(size_t(np) * Cp), filtered(size_t(np) * M),
-          frame(size_t(up(Hp * Wp, BLOCK)) * V), bordered(conv && !apart ? frame * (Dp / V) : frame),
-          plane(stored ? size_t(np) * V : V), row(stored ? V : C) {}
+          h((H + stride - 1) / stride), w((W + stride - 1) / stride), n(h * w), np(up(n + 3, 4)),
+          halves(s.kind == HALVES), conv(s.kind == CONV || halves), deep(conv && s.depthwise), apart(deep || halves),
+          pool(s.kind == MAX || s.kind == MEAN), stored(conv || pool), step(w < PIXELS ? PIXELS / w * w : w),
+          rows(conv && step < n ? step / w : h),
+          band(up(rows * w + 3, 4)), input(size_t(s.height) * s.width * D), pixels(size_t(np) * Cp), line(size_t(Wp) * V),
+          frame(Hp * line), plane(size_t(np) * V), bordered(apart ? frame * (Dp / V) : pool ? frame : 0) {}
+
+    // Rows of the output, those of the input that they need beyond the band before, and those whose gradient is
+    // complete after them.
+    struct Band {
+        int first = 0, last = 0, read = 0, known = 0, done = 0, complete = 0;
+    };
+    template <typename Body> void bands(Body body) const {
+        const int reach = pad + (halves ? 2 : 1); // rows of a window from its middle on
+        for (Band b; b.last < h;) {
+            b.first = b.last, b.read = b.known, b.done = b.complete;
+            b.last = b.first + rows < h ? b.first + rows : h;
+            b.known = (b.last - 1) * stride + reach < H ? (b.last - 1) * stride + reach : H;
+            b.complete = b.last == h ? H : b.last * stride > pad ? b.last * stride - pad : 0;
+            body(b);
+        }
+    }
+
+    // body(first pixel, last pixel) a few at a time
+    template <typename Body> void steps(Body body) const {
+        for (int from = 0; from < n; from += step) body(from, from + step < n ? from + step : n);
+    }
+
+    // The images from first to last of the thread that asks.
+    struct Share {
+        int first, last;
+        explicit Share(int64_t count) {
+            const int64_t one = omp_get_thread_num(), all = omp_get_num_threads();
+            first = one * count / all, last = (one + 1) * count / all;
+        }
+    };
+
+    // p of an image: in its groups, or, without a plane, as an image that is not padded.
+    struct Source {
+        const float *start;
+        size_t plane;
+        const float *group(int g) const { return start + (plane ? g / V * plane : g); }
+        template <typename Lanes> vec load(const float *group, int64_t i, Lanes lanes) const {
+            return plane ? get(group + i * V) : lanes.load(group, i);
+        }
+    };
 
     static vec get(const float *at) { return *reinterpret_cast<const loose *>(at); }
     static void set(float *at, vec v) { *reinterpret_cast<loose *>(at) = v; }
@@ -161,7 +212,7 @@ template <int V> struct Kernel {
 
     // V channels of a pixel of an image that is not padded: all of them are its own; or some are the next pixel's;
     // or the image ends.
-    struct Own {
+    struct Whole {
         int64_t row; // floats a pixel
         vec load(const float *image, int64_t i) const { return get(image + i * row); }
         void store(float *image, int64_t i, vec v) const { set(image + i * row, v); }
@@ -186,7 +237,7 @@ template <int V> struct Kernel {
     template <typename Body>
     static void each(int channels, int64_t count, int g, int64_t first, int64_t last, Body body) {
         const int64_t rest = channels - g;
-        if (rest >= V) return pairs(first, last, Own{channels}, body);
+        if (rest >= V) return pairs(first, last, Whole{channels}, body);
         mask own = {};
         for (int j = 0; j < rest; j++) own[j] = -1;
         const int64_t spare = count * channels - g - V; // what is left after V floats of the first pixel
@@ -201,12 +252,13 @@ template <int V> struct Kernel {
     }
 
     // The middle of a border: its first pixel.
-    template <typename Float> Float *inside(Float *border) const { return border + (size_t(pad) * Wp + pad) * V; }
+    float *inside(float *border) const { return border + pad * line + size_t(pad) * V; }
 
-    // body(pixel of the input, its place in the border, lanes) for all pixels at their V channels from g on
-    template <typename Body> void framed(int g, Body body) const {
-        for (int y = 0; y < H; y++) {
-            const int64_t first = y * grid * s.width, at = int64_t(y) * Wp * V;
+    // body(pixel of the input, its place, lanes) for the rows from y on, at their V channels from g on; a row of places
+    // has `leap` floats
+    template <typename Body> void framed(int g, int y, int last, size_t leap, Body body) const {
+        for (int64_t at = 0; y < last; y++, at += leap) {
+            const int64_t first = y * grid * s.width;
             if (grid == 1) {
                 each(D, s.height * s.width, g, first, first + W,
                      [&](int64_t i, auto lanes, auto) { body(i, at + (i - first) * V, lanes); });
@@ -218,41 +270,50 @@ template <int V> struct Kernel {
         }
     }
 
-    // A group of the input image into the middle of its border.
-    void enclose(int g, const float *image, float *border) const {
-        const float *from = image + g;
-        float *to = inside(border);
-        if (s.relu) framed(g, [=](int64_t i, int64_t at, auto lanes) { set(to + at, positive(lanes.load(from, i))); });
-        else framed(g, [=](int64_t i, int64_t at, auto lanes) { set(to + at, lanes.load(from, i)); });
+    // Asks for floats that are needed next: those that are the group g's of all channels.
+    static void fetch(const float *next, int64_t count, int g, int channels) {
+        const int64_t last = count * (g + V) / channels;
+        for (int64_t i = count * g / channels; i < last; i += 16) __builtin_prefetch(next + i, 0, 2);
     }
 
-    // The gradient of a group of the input image from the middle of a border, cut off where the ReLU did.
-    void extract(int g, const float *border, const float *image, float *grad_x) const {
-        const float *from = inside(border), *x = image + g;
+    // Rows of a group of the input image to their places.
+    void enclose(int g, int y, int last, const float *image, float *to, size_t leap) const {
+        const float *from = image + g;
+        const bool relu = s.relu;
+        framed(g, y, last, leap, [=](int64_t i, int64_t at, auto lanes) {
+            const vec v = lanes.load(from, i);
+            set(to + at, relu ? positive(v) : v);
+        });
+    }
+
+    // The gradient of rows of a group of the input image from their places, cut off where the ReLU did.
+    void extract(int g, int y, int last, const float *from, size_t leap, const float *image, float *grad_x) const {
+        const float *x = image + g;
         float *to = grad_x + g;
         const bool relu = s.relu, add = s.accumulate;
-        framed(g, [=](int64_t i, int64_t at, auto lanes) {
+        const int64_t row = int64_t(grid) * s.width * D;
+        fetch(grad_x + last * row, (last - y) * row, g, Dp);
+        framed(g, y, last, leap, [=](int64_t i, int64_t at, auto lanes) {
             vec v = get(from + at);
             if (relu) v = lanes.load(x, i) <= vec{} ? vec{} : v;
             lanes.store(to, i, add ? v + lanes.load(to, i) : v);
         });
     }
 
-    // Pixels of a group of the output (h, w) to every stride-th pixel of the middle of a border.
-    void spread(const float *from, float *border) const {
-        const int step = stride * V;
-        for (int y = 0; y < h; y++) {
-            float *to = inside(border) + size_t(y) * stride * Wp * V;
-            for (int x = 0; x < w; x++, to += step, from += V) set(to, get(from));
+    // Pixels of a band of a group to every stride-th pixel of the middle of a border.
+    void spread(const Band &b, const float *from, float *border) const {
+        for (int r = b.first; r < b.last; r++) {
+            float *to = inside(border) + r * stride * line;
+            for (int x = 0; x < w; x++, to += stride * V, from += V) set(to, get(from));
         }
     }
 
-    // call(x's pixel, d's pixel) for the even and for the odd pixels of a group; x in its border
-    template <typename Call> void each_half(int g, float *x, float *d, Call call) const {
+    // call(x's pixel, d's pixel) for the even and for the odd pixels of a band of a group; x in its border
+    template <typename Call> void each_half(const Band &b, int g, float *x, float *d, Call call) const {
         for (int half = 0; half < 2; half++) {
-            float *at = d + (half * size_t(Dp) + g) * np;
-            for (int r = 0; r < h; r++)
-                for (int c = 0; c < w; c++, at += V) call(x + (size_t(2 * r + half) * Wp + 2 * c + half) * V, at);
+            float *at = d + (half * size_t(Dp) + g) * band;
+            for (int r = b.first; r < b.last; r++)
+                for (int c = 0; c < w; c++, at += V) call(x + (2 * r + half) * line + (2 * c + half) * V, at);
         }
     }
 
@@ -281,27 +342,28 @@ template <int V> struct Kernel {
         for (int m = 0; m < N; m++) set(y + m * V, sum[m]);
     }
 
-    // y (rows, columns) of the group at x, `leap` pixels a row, from x with its border; stride S, dilation E
+    // y (rows, columns) of the group at x from x with its border; stride S, dilation E
     template <int K, int S, int E>
-    void filter_of(const float *x, const float *taps, float *y, int rows, int columns, int leap) const {
+    void filter_of(const float *x, const float *taps, float *y, int rows, int columns) const {
         constexpr int N = REGISTERS == 32 && K < 7 ? 8 : 4;
-        const size_t line = size_t(Wp) * V, next = size_t(leap) * V;
-        for (int r = 0; r < rows; r++, x += S * line, y += next) {
+        for (int r = 0; r < rows; r++, x += S * line, y += columns * V) {
             int c = 0;
             for (; c + N <= columns; c += N) filter_pixels<K, S, E, N>(x + c * S * V, taps, y + c * V, line);
-            if (c < columns && columns >= N) c = columns - N, filter_pixels<K, S, E, N>(x + c * S * V, taps, y + c * V, line);
-            else
+            if (c < columns && columns >= N) {
+                c = columns - N;
+                filter_pixels<K, S, E, N>(x + c * S * V, taps, y + c * V, line);
+            } else
                 for (; c < columns; c++) filter_pixels<K, S, E, 1>(x + c * S * V, taps, y + c * V, line);
         }
     }
 
-    // sums (R K, V) += over the output's pixels, x at R rows of taps times up; x with its border
-    template <int K, int S, int E, int R> void correlate_rows(const float *x, const float *up, float *sums) const {
-        const size_t line = size_t(Wp) * V;
+    // sums (R K, V) += over the pixels of `rows`, x at R rows of taps times up; x with its border
+    template <int K, int S, int E, int R>
+    void correlate_rows(const float *x, const float *up, float *sums, int rows) const {
         vec total[R * K];
 #pragma GCC unroll 49
         for (int t = 0; t < R * K; t++) total[t] = get(sums + t * V);
-        for (int r = 0; r < h; r++) {
+        for (int r = 0; r < rows; r++) {
             const float *at[R];
 #pragma GCC unroll 7
             for (int i = 0; i < R; i++) at[i] = x + (r * S + i * E) * line;
@@ -318,12 +380,11 @@ template <int V> struct Kernel {
 #pragma GCC unroll 49
         for (int t = 0; t < R * K; t++) set(sums + t * V, total[t]);
     }
-    template <int K, int S, int E> void correlate_of(const float *x, const float *up, float *sums) const {
+    template <int K, int S, int E> void correlate_of(const float *x, const float *up, float *sums, int rows) const {
         constexpr int FIT = (REGISTERS - 4) / K, R = FIT < 1 ? 1 : FIT < K ? FIT : K; // sums that stay in registers
-        const size_t line = size_t(Wp) * V;
         int i = 0;
-        for (; i + R <= K; i += R) correlate_rows<K, S, E, R>(x + i * E * line, up, sums + i * K * V);
-        if constexpr (K % R) correlate_rows<K, S, E, K % R>(x + i * E * line, up, sums + i * K * V);
+        for (; i + R <= K; i += R) correlate_rows<K, S, E, R>(x + i * E * line, up, sums + i * K * V, rows);
+        if constexpr (K % R) correlate_rows<K, S, E, K % R>(x + i * E * line, up, sums + i * K * V, rows);
     }
 
     // call(k, stride, dilation) with all three known to the compiler
@@ -338,14 +399,14 @@ template <int V> struct Kernel {
         k == 3 ? call(Int<3>()) : k == 5 ? call(Int<5>()) : call(Int<7>());
     }
 
-    void filter(const float *x, const float *taps, float *y, int rows, int columns, int leap, int step) const {
+    void filter(const float *x, const float *taps, float *y, int rows, int columns, int step) const {
         with_taps(k, step, dilation, [&](auto K, auto S, auto E) {
-            filter_of<K.value, S.value, E.value>(x, taps, y, rows, columns, leap);
+            filter_of<K.value, S.value, E.value>(x, taps, y, rows, columns);
         });
     }
-    void correlate(const float *x, const float *up, float *sums) const {
+    void correlate(const float *x, const float *up, float *sums, int rows) const {
         with_taps(k, stride, dilation,
-                  [&](auto K, auto S, auto E) { correlate_of<K.value, S.value, E.value>(x, up, sums); });
+                  [&](auto K, auto S, auto E) { correlate_of<K.value, S.value, E.value>(x, up, sums, rows); });
     }
 
     // The two factors and the result of a matrix product, P rows and G vectors at a time.
@@ -403,37 +464,34 @@ template <int V> struct Kernel {
             }
         }
     };
-    // p (Cp) of every pixel from d, the gradient of d from that of p, and matrix (M, Cp) += sum over the pixels of
-    // grad_p d. With HALVES a half of d and its half of p are worked on apart: `shared` groups of p belong to both.
-    void multiply(const float *d, const float *matrix, float *p) const {
-        const size_t plane = size_t(np) * V;
-        const auto part = [&](int from, int count, int first, int last) {
+    // Of a band: p (Cp) of every pixel from d, the gradient of d from that of p, and matrix (M, Cp) += sum over the
+    // pixels of grad_p d. With HALVES a half of d and its half of p are worked on apart; a group of p may be of both.
+    void multiply(const float *d, const float *matrix, float *p, int count) const {
+        const auto part = [&](int from, int stop, int first, int last) {
             if (first < last)
-                Product{d + from / V * plane, plane, matrix + (size_t(from) * Cp + first * V), size_t(Cp), V,
-                        p + first * plane, V, plane, count}.template all<V, 1, false>(np, last - first);
+                Product{d + size_t(from) * band, size_t(band) * V, matrix + (size_t(from) * Cp + first * V), size_t(Cp),
+                        V, p + first * plane, V, plane, stop}.template all<V, 1, false>(up(count, 4), last - first);
         };
         const int even = C / 2 / V, odd = (C / 2 + V - 1) / V;
         if (!halves) return part(0, D, 0, Cp / V);
         part(0, Dp, 0, even), part(0, M, even, odd), part(Dp, Dp, odd, Cp / V);
     }
-    void multiply_back(const float *grad_p, const float *transposed, float *grad_d) const {
-        const size_t plane = size_t(np) * V;
+    void multiply_back(const float *grad_p, const float *transposed, float *grad_d, int count) const {
+        const size_t plane = size_t(band) * V;
         const auto part = [&](int from, int to, int first, int groups) {
             Product{grad_p + from / V * plane, plane, transposed + (size_t(from) * M + first * V), size_t(M), V,
-                    grad_d + first * plane, V, plane, to - from}.template all<V, 1, false>(np, groups);
+                    grad_d + first * plane, V, plane, to - from}.template all<V, 1, false>(up(count, 4), groups);
         };
         if (!halves) return part(0, C, 0, Dp / V);
         part(0, C / 2, 0, Dp / V), part(C / 2 / V * V, C, Dp / V, Dp / V);
     }
-    void outer(const float *grad_p, const float *d, float *matrix) const {
-        const size_t plane = size_t(np) * V;
-        for (int first = 0; first < n; first += STRETCH)
-            for (int c = 0; c < Cp; c += V) {
-                const int left = halves && c >= C / 2 ? Dp : 0, right = halves && c + V <= C / 2 ? Dp : M;
-                Product{grad_p + c / V * plane + first * V, 0, d + left / V * plane + first * V, V, plane,
-                        matrix + (c * size_t(M) + left), size_t(M), V, n - first < STRETCH ? n - first : STRETCH}
-                    .template all<1, V, true>(C - c < V ? up(C - c, 4) : V, (right - left) / V);
-            }
+    void outer(const float *grad_p, const float *d, float *matrix, int count) const {
+        const size_t plane = size_t(band) * V;
+        for (int c = 0; c < Cp; c += V) {
+            const int left = halves && c >= C / 2 ? Dp : 0, right = halves && c + V <= C / 2 ? Dp : M;
+            Product{grad_p + c / V * plane, 0, d + left / V * plane, V, plane, matrix + (c * size_t(M) + left),
+                    size_t(M), V, count}.template all<1, V, true>(C - c < V ? up(C - c, 4) : V, (right - left) / V);
+        }
     }
 
     // Pooling goes along one axis of a group, then along the other: taps are `step` floats apart, pixels x, rows y.
@@ -443,8 +501,7 @@ template <int V> struct Kernel {
     };
     Axis across() const { return {Hp, w, size_t(Wp) * V, size_t(stride) * V, V}; }
     Axis down() const { return {h, w, size_t(stride) * w * V, V, size_t(w) * V}; }
-    size_t half() const { return size_t(Hp) * w * V; } // of a group, after the first axis
-    size_t halfway() const { return pool ? padded(half()) : 0; }
+    size_t halfway() const { return pool ? size_t(Hp) * w * V : 0; } // floats of a group after the first axis
 
     void pool_axis(Axis axis, const float *x, float *y) const {
         with_side(k, [&](auto K) { s.kind == MEAN ? pool_of<K.value, true>(axis, x, y) : pool_of<K.value, false>(axis, x, y); });
@@ -506,7 +563,7 @@ template <int V> struct Kernel {
     // grad_p is divided in place for MEAN
     void pooling_back(const float *x, const float *p, float *grad_p, float *between, float *grad_between,
                       float *grad) const {
-        memset(grad, 0, 4 * frame), memset(grad_between, 0, 4 * half());
+        memset(grad, 0, 4 * frame), memset(grad_between, 0, 4 * halfway());
         if (s.kind == MEAN) average(grad_p);
         else pool_axis(across(), x, between);
         pool_axis_back(down(), between, p, grad_p, grad_between);
@@ -545,50 +602,69 @@ template <int V> struct Kernel {
     // Where d's channels for the channel c of p begin.
     int second(int c) const { return halves && c >= C / 2 ? Dp : 0; }
 
-    // Scratch of a thread to project: x with its border, and d or what pooling has halfway.
-    size_t own() const { return conv || pool ? padded(bordered) + halfway() : 0; }
-
-    // x of an image -> p (np, Cp); d (np, Dp), kept by the caller, is filled where there is a depthwise convolution.
-    const float *project(const float *x, const Weights &weights, float *border, float *d, float *p) const {
-        if (!stored) return x;
-        if (!conv && !pool) {
-            for (int g = 0; g < Cp; g += V)
-                each(C, n, g, 0, n, [to = p + g / V * plane, g, x](int64_t i, auto lanes, auto) {
-                    set(to + i * V, lanes.load(x + g, i));
-                });
-            return p;
-        }
-        for (int g = 0; g < Dp; g += V) { // a group at a time: its border stays in the innermost cache
-            float *at = apart || pool ? border : border + g / V * frame;
-            enclose(g, x, at);
-            if (pool) pooling(border, border + padded(bordered), p + g * size_t(np));
-            if (deep) filter(border, weights.taps + g * kk, d + g * size_t(np), h, w, w, stride);
-            if (halves) each_half(g, border, d, [](const float *from, float *to) { set(to, get(from)); });
-        }
-        if (pool) return p;
-        if (apart) blank(d);
-        multiply(apart ? d : border, weights.matrix, p);
-        return p;
-    }
-    // The pixels of d that only fill the last block.
-    void blank(float *d) const {
-        for (int g = 0; g < M / V; g++) memset(d + (size_t(g) * np + n) * V, 0, 4 * size_t(np - n) * V);
+    // What a thread needs to project: x with its border, what pooling has halfway, d of a band.
+    struct Own {
+        float *border, *between, *d;
+    };
+    size_t own_size() const { return padded(bordered) + padded(halfway()) + padded(deeper()); }
+    size_t deeper() const { return conv ? size_t(band) * M : 0; }
+    Own take(Scratch &from) const {
+        const Own own = {from.take(bordered), from.take(halfway()), from.take(deeper())};
+        clear(own.border);
+        return own;
     }
 
-    // Mean and sum of squared deviations of an image, each (Cp).
-    void moments(const float *p, float *mean, float *squares) const {
-        const int64_t row = this->row, count = n;
-        for (int g = 0; g < Cp; g += V, p += plane) {
+    // x of an image -> p; call(p, first pixel, last pixel) for every band of it
+    template <typename Call>
+    void project(const float *x, const Weights &weights, const Own &own, float *p, Call call) const {
+        if (!stored) return steps([&](int from, int to) { call(Source{x, 0}, from, to); });
+        if (pool) {
+            for (int g = 0; g < Dp; g += V) {
+                enclose(g, 0, H, x, inside(own.border), line);
+                pooling(own.border, own.between, p + g / V * plane);
+            }
+            return call(Source{p, plane}, 0, n);
+        }
+        bands([&](const Band &b) {
+            deepen(b, x, weights, own);
+            multiply(own.d, weights.matrix, p + b.first * w * V, (b.last - b.first) * w);
+            call(Source{p, plane}, b.first * w, b.last * w);
+        });
+    }
+    // d of a band
+    void deepen(const Band &b, const float *x, const Weights &weights, const Own &own) const {
+        float *border = own.border;
+        const int64_t row = int64_t(grid) * s.width * D;
+        for (int g = 0; g < Dp; g += V, border += frame) {
+            fetch(x + b.known * row, (b.last - b.first) * stride * row, g, Dp);
+            float *at = own.d + size_t(g) * band;
+            if (!apart) {
+                enclose(g, b.first, b.last, x, at, size_t(W) * V);
+                continue;
+            }
+            enclose(g, b.read, b.known, x, inside(border) + b.read * line, line);
+            if (deep) filter(border + b.first * stride * line, weights.taps + g * kk, at, b.last - b.first, w, stride);
+            else each_half(b, g, border, own.d, [](const float *from, float *to) { set(to, get(from)); });
+        }
+    }
+
+    // Mean and sum of squared deviations (Cp) of the pixels up to `to` of an image from those up to `from`.
+    void moments(Source p, int from, int to, float *mean, float *squares) const {
+        const float count = to - from, part = count / to, both = part * from;
+        for (int g = 0; g < Cp; g += V) {
+            const float *at = p.group(g);
             vec sum[2] = {}, square[2] = {};
-            const auto total = [&](int64_t i, auto, auto parity) { sum[parity.value] += get(p + i * row); };
-            pairs(0, count, Own{row}, total);
-            const vec middle = (sum[0] + sum[1]) / float(count);
-            const auto deviation = [&](int64_t i, auto, auto parity) {
-                const vec gap = get(p + i * row) - middle;
+            each(C, n, g, from, to, [&](int64_t i, auto lanes, auto parity) {
+                sum[parity.value] += p.load(at, i, lanes);
+            });
+            const vec middle = (sum[0] + sum[1]) / count;
+            each(C, n, g, from, to, [&](int64_t i, auto lanes, auto parity) {
+                const vec gap = p.load(at, i, lanes) - middle;
                 square[parity.value] += gap * gap;
-            };
-            pairs(0, count, Own{row}, deviation);
-            set(mean + g, middle), set(squares + g, square[0] + square[1]);
+            });
+            const vec before = from ? get(mean + g) : vec{}, gap = middle - before;
+            set(mean + g, before + part * gap);
+            set(squares + g, (from ? get(squares + g) : vec{}) + (square[0] + square[1]) + both * gap * gap);
         }
     }
 
@@ -628,138 +704,173 @@ template <int V> struct Kernel {
         }
     }
 
-    void finish(const float *p, const float *a, const float *b, float keep, float *out) const {
+    void finish(Source p, const float *a, const float *b, float keep, float *out) const {
         const bool add = s.accumulate;
-        const int64_t row = this->row;
-        for (int g = 0; g < Cp; g += V, p += plane) {
-            const vec slope = keep * get(a + g), shift = keep * get(b + g);
-            each(C, n, g, 0, n, [=](int64_t i, auto lanes, auto) {
-                const vec y = slope * get(p + i * row) + shift;
-                lanes.store(out + g, i, add ? y + lanes.load(out + g, i) : y);
-            });
-        }
+        steps([&](int64_t from, int64_t to) {
+            for (int g = 0; g < Cp; g += V) {
+                const float *at = p.group(g);
+                const vec slope = keep * get(a + g), shift = keep * get(b + g);
+                fetch(out + to * C, (to - from) * C, g, Cp);
+                each(C, n, g, from, to, [=](int64_t i, auto lanes, auto) {
+                    const vec y = slope * p.load(at, i, lanes) + shift;
+                    lanes.store(out + g, i, add ? y + lanes.load(out + g, i) : y);
+                });
+            }
+        });
     }
 
     int forward() const {
-        const size_t all = stored ? padded(s.batch * pixels) : 0, deeper = apart ? padded(filtered) : 0;
-        const size_t mine = own() + deeper;
+        const size_t all = stored && !s.kept ? padded(s.batch * pixels) : 0, mine = own_size();
         if (!arena.reserve(taps_size() + square() + 2 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + all +
                            s.threads * mine))
             return 1;
         const Weights weights = pack(false);
         float *a = arena.zeros(Cp), *b = arena.zeros(Cp), *parts = arena.take(size_t(s.batch) * 2 * Cp);
         float *projected = arena.take(all), *owned = arena.take(s.threads * mine);
+        if (s.kept) projected = s.kept;
 
 #pragma omp parallel num_threads(s.threads)
         {
-            float *border = owned + omp_get_thread_num() * mine, *d = border + own();
-            if (mine) clear(border);
-#pragma omp for schedule(static)
-            for (int i = 0; i < s.batch; i++) {
-                const float *p = project(s.x + i * input, weights, border, d, projected + (stored ? i * pixels : 0));
-                float *part = parts + size_t(i) * 2 * Cp;
-                if (s.training) moments(p, part, part + Cp);
+            Scratch scratch{owned + omp_get_thread_num() * mine};
+            const Own own = take(scratch);
+            const Share images(s.batch);
+            for (int i = images.first; i < images.last; i++) {
+                float *mean = parts + size_t(i) * 2 * Cp;
+                project(s.x + i * input, weights, own, projected + i * pixels, [&](Source p, int from, int to) {
+                    if (s.training) moments(p, from, to, mean, mean + Cp);
+                });
             }
+#pragma omp barrier
 #pragma omp single
             {
                 s.training ? statistics(parts) : given_statistics();
                 affine(a, b);
             }
-#pragma omp for schedule(static)
-            for (int i = 0; i < s.batch; i++)
-                finish(stored ? projected + i * pixels : s.x + i * input, a, b, keep(i), s.out + size_t(i) * n * C);
+            for (int i = images.last; i-- > images.first;) {
+                const Source p = stored ? Source{projected + i * pixels, plane} : Source{s.x + i * input, 0};
+                finish(p, a, b, keep(i), s.out + size_t(i) * n * C);
+            }
         }
         return 0;
     }
 
-    // Sums over an image of y's gradient and of it times normalised p, each (Cp).
-    void sums(const float *grad, const float *p, const float *mean, const float *invstd, float keep, float *sum,
-              float *product) const {
-        const int64_t row = this->row;
-        for (int g = 0; g < Cp; g += V, p += plane) {
+    // Sums of y's gradient and of it times normalised p (Cp) of the pixels up to `to` from those up to `from`.
+    void sums(const float *grad, Source p, int from, int to, const float *mean, const float *invstd, float keep,
+              float *sum, float *product) const {
+        for (int g = 0; g < Cp; g += V) {
+            const float *at = p.group(g);
             const vec middle = get(mean + g);
             vec total[2] = {}, weighted[2] = {};
-            each(C, n, g, 0, n, [&](int64_t i, auto lanes, auto parity) {
+            fetch(grad + int64_t(to) * C, int64_t(to - from) * C, g, Cp);
+            each(C, n, g, from, to, [&](int64_t i, auto lanes, auto parity) {
                 const vec up = lanes.load(grad + g, i);
-                total[parity.value] += up, weighted[parity.value] += up * (get(p + i * row) - middle);
+                total[parity.value] += up, weighted[parity.value] += up * (p.load(at, i, lanes) - middle);
             });
-            set(sum + g, keep * (total[0] + total[1]));
-            set(product + g, keep * (weighted[0] + weighted[1]) * get(invstd + g));
+            set(sum + g, (from ? get(sum + g) : vec{}) + keep * (total[0] + total[1]));
+            set(product + g, (from ? get(product + g) : vec{}) + keep * (weighted[0] + weighted[1]) * get(invstd + g));
         }
     }
 
     int backward() const {
         const int chunks = s.batch < CHUNKS ? s.batch : CHUNKS;
-        const size_t part = taps_size() + square(), gradients = conv || pool ? padded(pixels) : 0;
-        const size_t deeper = conv ? padded(filtered) : 0, mine = own() + (conv || pool ? padded(bordered) : 0) +
-                                                                  halfway() + gradients + deeper;
-        const size_t all = stored ? padded(s.batch * pixels) : 0, all_d = apart ? padded(s.batch * filtered) : 0;
-        if (!arena.reserve(2 * part + 6 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + chunks * part + all + all_d +
+        const bool inner = conv || pool, again = stored && !s.kept && !s.normal; // again: p is computed
+        const bool needed = s.training || s.grad_gamma || s.grad_beta || s.grad_scale; // the sums over the batch
+        const size_t part = taps_size() + square(), gradients = inner ? size_t(band) * Cp : 0;
+        const size_t strip = deep ? (rows * stride + pad) * size_t(W) * V : 0;
+        const size_t mine = own_size() + padded(bordered) + padded(halfway()) + padded(gradients) + padded(strip);
+        const size_t all = again ? padded(s.batch * pixels) : 0;
+        if (!arena.reserve(2 * part + 6 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + chunks * part + all +
                            s.threads * mine))
             return 1;
         const Weights weights = pack(true);
         float *a = arena.zeros(Cp), *b = arena.zeros(Cp), *mean = arena.zeros(Cp), *invstd = arena.zeros(Cp);
         float *slope = arena.zeros(Cp), *shift = arena.zeros(Cp); // gradient of p = a up + slope (p - mean) + shift
         float *parts = arena.take(size_t(s.batch) * 2 * Cp), *partial = arena.zeros(chunks * part);
-        float *projected = arena.take(all), *depths = arena.take(all_d), *owned = arena.take(s.threads * mine);
-        memcpy(mean, s.statistics, 4 * C), memcpy(invstd, s.statistics + C, 4 * C);
+        float *projected = arena.take(all), *owned = arena.take(s.threads * mine);
+        if (s.kept) projected = s.kept;
+        for (int c = 0; c < C; c++)
+            mean[c] = s.normal ? 0 : s.statistics[c], invstd[c] = s.normal ? 1 : s.statistics[C + c];
         affine(a, b);
+        const auto source = [&](int i) {
+            return s.normal ? Source{s.normal + size_t(i) * n * C, 0}
+                   : stored ? Source{projected + i * pixels, plane} : Source{s.x + i * input, 0};
+        };
 
 #pragma omp parallel num_threads(s.threads)
         {
-            float *border = owned + omp_get_thread_num() * mine, *between = border + padded(bordered);
-            float *grad_border = border + own(), *grad_between = grad_border + padded(bordered);
-            float *grad_p = grad_between + halfway(), *grad_d = grad_p + gradients;
-            if (mine) {
-                clear(border);
-                memset(grad_border, 0, 4 * (mine - own()));
-            }
-#pragma omp for schedule(static)
-            for (int i = 0; i < s.batch; i++) {
-                const float *p = project(s.x + i * input, weights, border, depths + (apart ? i * filtered : 0),
-                                         projected + (stored ? i * pixels : 0));
+            Scratch scratch{owned + omp_get_thread_num() * mine};
+            const Own own = take(scratch);
+            float *grad_border = scratch.zeros(bordered), *grad_between = scratch.take(halfway());
+            float *grad_p = scratch.take(gradients), *result = scratch.take(strip);
+            const Share images(needed ? s.batch : 0);
+            for (int i = images.first; i < images.last; i++) {
                 float *both = parts + size_t(i) * 2 * Cp;
-                sums(s.grad + size_t(i) * n * C, p, mean, invstd, keep(i), both, both + Cp);
+                const auto add = [&](Source p, int from, int to) {
+                    sums(s.grad + size_t(i) * n * C, p, from, to, mean, invstd, keep(i), both, both + Cp);
+                };
+                if (again) project(s.x + i * input, weights, own, projected + i * pixels, add);
+                else steps([&](int from, int to) { add(source(i), from, to); });
             }
+#pragma omp barrier
 #pragma omp single
-            combine(parts, a, slope, shift);
-#pragma omp for schedule(static)
-            for (int chunk = 0; chunk < chunks; chunk++)
-                for (int i = chunk * s.batch / chunks; i < (chunk + 1) * s.batch / chunks; i++) {
-                    const float *image = s.x + i * input, *p = stored ? projected + i * pixels : image;
-                    float *result = s.grad_x + i * input;
-                    gradient(s.grad + size_t(i) * n * C, p, a, mean, slope, shift, keep(i), grad_p, result);
-                    if (!conv && !pool) continue;
-                    if (grid > 1 && !s.accumulate) memset(result, 0, 4 * input);
-                    float *taps = partial + chunk * part, *matrix = taps + taps_size();
-                    if (conv && !apart)
-                        for (int g = 0; g < Dp; g += V) enclose(g, image, border + g / V * frame);
-                    if (conv) {
-                        outer(grad_p, apart ? depths + i * filtered : border, matrix);
-                        multiply_back(grad_p, weights.transposed, grad_d);
-                    }
-                    for (int g = 0; g < Dp; g += V) {
-                        const size_t at = g * size_t(np);
-                        if (pool || deep) enclose(g, image, border);
-                        if (pool) pooling_back(border, p + at, grad_p + at, between, grad_between, grad_border);
-                        if (deep) {
-                            correlate(border, grad_d + at, taps + g * kk);
-                            // x's gradient: a plain convolution of d's, spread over the strides, with turned taps
-                            spread(grad_d + at, grad_border);
-                            filter(grad_border, weights.turned + g * kk, inside(border), H, W, Wp, 1);
+            if (needed) combine(parts, a, invstd, slope, shift);
+            const Share share(chunks);
+            for (int chunk = share.last; chunk-- > share.first;)
+                for (int i = (chunk + 1) * s.batch / chunks; i-- > chunk * s.batch / chunks;) {
+                    const float *image = s.x + i * input, *grad = s.grad + size_t(i) * n * C;
+                    const Source p = source(i);
+                    float *grad_x = s.grad_x + i * input, *taps = partial + chunk * part, *matrix = taps + taps_size();
+                    const auto pass = [&](int from, int to) {
+                        gradient(grad, p, from, to, a, mean, slope, shift, keep(i), grad_p, grad_x);
+                    };
+                    if (grid > 1 && !s.accumulate) memset(grad_x, 0, 4 * input);
+                    if (conv)
+                        bands([&](const Band &b) {
+                            const int count = (b.last - b.first) * w;
+                            deepen(b, image, weights, own);
+                            pass(b.first * w, b.last * w);
+                            outer(grad_p, own.d, matrix, count);
+                            multiply_back(grad_p, weights.transposed, own.d, count); // d's gradient in its place
+                            shallow(b, image, weights, own, taps, grad_border, result, grad_x);
+                        });
+                    else if (!pool) steps(pass);
+                    else {
+                        pass(0, n);
+                        for (int g = 0; g < Dp; g += V) {
+                            enclose(g, 0, H, image, inside(own.border), line);
+                            pooling_back(own.border, p.group(g), grad_p + size_t(g) * band, own.between, grad_between,
+                                         grad_border);
+                            extract(g, 0, H, inside(grad_border), line, image, grad_x);
                         }
-                        if (halves)
-                            each_half(g, grad_border, grad_d, [](float *to, const float *from) { set(to, get(from)); });
-                        extract(g, deep ? border : pool || halves ? grad_border : grad_d + at, image, result);
                     }
                 }
+#pragma omp barrier
             if (conv) collect(partial, chunks, part);
         }
         return 0;
     }
+    // From the gradient of d of a band to those of the depthwise weights and of x.
+    void shallow(const Band &b, const float *image, const Weights &weights, const Own &own, float *taps,
+                 float *grad_border, float *result, float *grad_x) const {
+        const size_t row = size_t(W) * V;
+        const float *border = own.border;
+        for (int g = 0; g < Dp; g += V, border += frame, grad_border += frame) {
+            float *at = own.d + size_t(g) * band; // d's gradient
+            if (deep) {
+                correlate(border + b.first * stride * line, at, taps + g * kk, b.last - b.first);
+                // x's gradient: a plain convolution of d's, spread over the strides, with turned taps
+                spread(b, at, grad_border);
+                filter(grad_border + b.done * line, weights.turned + g * kk, result, b.complete - b.done, W, 1);
+                extract(g, b.done, b.complete, result, row, image, grad_x);
+            } else if (halves) {
+                each_half(b, g, grad_border, own.d, [](float *to, const float *from) { set(to, get(from)); });
+                extract(g, b.done, b.complete, grad_border + b.done * line, line, image, grad_x);
+            } else extract(g, b.done, b.complete, at, row, image, grad_x);
+        }
+    }
 
     // The sums over the images (B, 2, Cp): gradients of gamma, beta and scale, and what the statistics pass on.
-    void combine(const float *parts, const float *a, float *slope, float *shift) const {
+    void combine(const float *parts, const float *a, const float *invstd, float *slope, float *shift) const {
         const double count = double(s.batch) * n;
         double products = 0; // the gradient of scale
         for (int c = 0; c < C; c++) {
@@ -771,21 +882,22 @@ template <int V> struct Kernel {
             if (s.grad_beta) s.grad_beta[c] = float(scale() * sum);
             products += gamma(c) * product + (s.beta ? s.beta[c] * sum : 0);
             if (!s.training) continue; // the statistics do not depend on x
-            slope[c] = float(-a[c] * s.statistics[C + c] * product / count), shift[c] = float(-a[c] * sum / count);
+            slope[c] = float(-a[c] * invstd[c] * product / count), shift[c] = float(-a[c] * sum / count);
         }
         if (s.grad_scale) *s.grad_scale = float(products);
     }
 
-    // The gradient of p of an image, into grad_p (np, Cp) or, where p is x, into x's.
-    void gradient(const float *grad, const float *p, const float *a, const float *mean, const float *slope,
-                  const float *shift, float keep, float *grad_p, float *grad_x) const {
-        const bool inner = conv || pool, add = s.accumulate;
-        const int64_t row = this->row;
-        for (int g = 0; g < Cp; g += V, p += plane, grad_p += inner ? np * V : 0) {
+    // The gradient of p of the pixels from first to last of an image, into grad_p or, where p is x, into x's.
+    void gradient(const float *grad, Source p, int first, int last, const float *a, const float *mean,
+                  const float *slope, const float *shift, float keep, float *grad_p, float *grad_x) const {
+        const bool add = s.accumulate;
+        for (int g = 0; g < Cp; g += V, grad_p += band * V) {
+            const float *at = p.group(g);
             const vec times = keep * get(a + g), steep = get(slope + g), fixed = get(shift + g) - steep * get(mean + g);
-            each(C, n, g, 0, n, [=](int64_t i, auto lanes, auto) {
-                const vec v = times * lanes.load(grad + g, i) + (steep * get(p + i * row) + fixed);
-                if (inner) set(grad_p + i * V, v);
+            fetch(grad + int64_t(last) * C, int64_t(last - first) * C, g, Cp);
+            each(C, n, g, first, last, [=](int64_t i, auto lanes, auto) {
+                const vec v = times * lanes.load(grad + g, i) + (steep * p.load(at, i, lanes) + fixed);
+                if (stored) set(grad_p + (i - first) * V, v);
                 else lanes.store(grad_x + g, i, add ? v + lanes.load(grad_x + g, i) : v);
             });
         }
@@ -814,7 +926,7 @@ template <int V> struct Kernel {
     }
 };
 
-template <typename Call> int with_width(const Part &part, Call call) {
+template <typename Call> int64_t with_width(const Part &part, Call call) {
     const int64_t fewest = part.channels < part.inputs ? part.channels : part.inputs;
     if constexpr (WIDEST >= 16)
         if (fewest > 8) return call(Kernel<16>(part));
@@ -838,6 +950,11 @@ int parts_backward(const Part *parts, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         if (with_width(parts[i], [](const auto &kernel) { return kernel.backward(); })) return 1;
     return 0;
+}
+
+// Floats of Part::kept.
+int64_t kept_floats(const Part *part) {
+    return with_width(*part, [](const auto &it) -> int64_t { return it.stored ? it.s.batch * it.pixels : 0; });
 }
 
 int vector_width() { return WIDEST; }

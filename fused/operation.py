@@ -5,8 +5,9 @@ calls these read and write every intermediate tensor from and to memory, and two
 depthwise weight gradient and batch norm in channels_last, run ten times slower than memory allows. Here one call does
 all operations of an edge, a part at a time (a separable convolution has two), image by image, so that intermediates
 stay in the cache of a core; it adds Z_k BN(...) to the sum of the node, and the gradients of the operations to that of
-their common input, in place; and for the backward pass it keeps the inputs of the parts alone, which all edges that
-leave a state share, and computes the two intermediates again, for less than reading them back would cost.
+their common input, in place. For the backward pass a mixed edge keeps the inputs of its parts alone, which all edges
+that leave a state share, and computes the two intermediates again. An operation that stands alone, as in a child, keeps
+the output of its convolutions too: that costs a mixed edge too much, which has six.
 
 Where the kernels do not work (`usable`) callers use PyTorch's own operations. Results agree to float32 rounding and do
 not depend on the number of threads.
@@ -56,6 +57,7 @@ class _Part(ctypes.Structure):
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("x", "depthwise", "pointwise", "gamma", "beta", "scale", "keep")),
         *((name, ctypes.c_void_p) for name in ("running_mean", "running_var", "tracked", "statistics", "out")),
+        *((name, ctypes.c_void_p) for name in ("kept", "normal")),
         *((name, ctypes.c_void_p) for name in ("grad", "grad_x", "grad_depthwise", "grad_pointwise")),
         *((name, ctypes.c_void_p) for name in ("grad_gamma", "grad_beta", "grad_scale")),
     )
@@ -190,6 +192,7 @@ class _Apply(torch.autograd.Function):
         statistics = torch.empty(sum(map(len, operations)), 2, max(s[1] for every in shapes for s in every))
         table: list[_Part] = []
         states: list[Tensor] = []  # the input of every part
+        kept: list[Tensor] = []  # p of every convolution, where an operation stands alone
         for number, (operation, sizes) in enumerate(zip(operations, shapes, strict=True)):
             _check("the sum", out, sizes[-1], images=True)
             target = x
@@ -209,19 +212,24 @@ class _Apply(torch.autograd.Function):
                     row.keep, row.scale = _at(keep), _at(scales, places[number] if places else 0)
                 row.x, row.out, row.statistics = _at(states[-1]), _at(target), _at(statistics[len(table)])
                 row.depthwise, row.pointwise, row.gamma, row.beta = map(_at, tensors[at : at + 4])
+                if scales is None and part.pointwise is not None:
+                    kept.append(torch.empty(_kept_floats(row)))
+                    row.kept = _at(kept[-1])
                 table.append(row)
         _call("parts_forward", table)
         if total is not None:
             ctx.mark_dirty(total)
         ctx.table, ctx.lengths, ctx.places, ctx.given = table, [*map(len, operations)], places, total is not None
-        ctx.save_for_backward(scales, keep, statistics, *states, *tensors)
+        ctx.save_for_backward(scales, keep, statistics, *states, *tensors, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scales, keep, statistics, *rest = ctx.saved_tensors  # other memory than forward's where it is computed again
-        states, tensors = rest[: len(ctx.table)], rest[len(ctx.table) :]
+        count = len(ctx.table)
+        states, tensors, projected = rest[:count], rest[count : 5 * count], iter(rest[5 * count :])
+        kept = [next(projected) if row.kept else None for row in ctx.table]
         grad = grad.contiguous(memory_format=torch.channels_last)
         _check("the gradient", grad, tuple(grad.shape), images=True)
         grads = [None if t is None else torch.empty_like(t) for t in tensors]
@@ -240,6 +248,9 @@ class _Apply(torch.autograd.Function):
                     row.keep, row.scale, row.grad_scale = _at(keep), _at(scales, place), _at(grad_scales, place)
                 inner.append(grad_x if index == first else torch.empty_like(states[index]))
                 row.x, row.statistics = _at(states[index]), _at(statistics[index])
+                row.kept = _at(kept[index])
+                if row.kind == CONV and index + 1 < first + length and not row.gamma and not row.kept:
+                    row.normal = _at(states[index + 1])
                 row.grad, row.grad_x = _at(upstream), _at(inner[-1])
                 row.depthwise, row.pointwise, row.gamma, row.beta = map(_at, tensors[at : at + 4])
                 row.grad_depthwise, row.grad_pointwise, row.grad_gamma, row.grad_beta = map(_at, grads[at : at + 4])
@@ -248,6 +259,13 @@ class _Apply(torch.autograd.Function):
             first += length
         _call("parts_backward", table)
         return (grad_x, grad_scales, grad if ctx.given else None, None, None, None, *grads)
+
+
+def _kept_floats(row: _Part) -> int:
+    """The size of what backward wants of a part's convolution."""
+    library = build.library()
+    assert library is not None
+    return int(library.kept_floats(ctypes.byref(row)))
 
 
 def _at(t: Tensor | None, index: int = 0) -> int | None:
