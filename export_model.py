@@ -7,7 +7,7 @@ import options
 from options.export_option import ExportOptions
 
 if TYPE_CHECKING:
-    from exporting import Exported
+    from child.export import Exported
 
 EXAMPLE = """\
 import json, sys, numpy, onnxruntime; from PIL import Image, ImageOps
@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> "Exported":
     """Export, compare, time and describe a child; returns the paths and the card."""
     epilog = "To classify an image with the file alone:\n\n" + EXAMPLE
     opt = options.parse(ExportOptions, argv, "export_model.py", __doc__, epilog)
-    import exporting  # after the options: torch takes seconds to import, and a typo should not
+    from child import export  # after the options: torch takes seconds to import, and a typo should not
 
-    return exporting.run_export(opt)
+    return export.run_export(opt)
 
 
 if __name__ == "__main__":

@@ -51,11 +51,11 @@ class Inspected(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> Inspected:
     """Print and draw a checkpoint; returns what was printed."""
     opt = options.parse(InspectOptions, argv, "inspect_model.py", __doc__)
-    import checkpoint
-    import child
     import genotypes
     import visualize
-    from data import DataInfo
+    from child import source
+    from loading.batches import DataInfo
+    from training import checkpoint
 
     folder = Path(opt.experiments_dir) / opt.experiment
     content = checkpoint.load(_checkpoint_path(folder, opt))
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     alphas = [state["alpha_normal"], state["alpha_reduce"]]
     genotype = genotypes.derive(alphas[0], alphas[1], run.space, opt.rule)
     info = DataInfo(**content["data"])
-    costs = child.child_cost(genotype, run.init_channels, run.layers, info, "cifar")
+    costs = source.child_cost(genotype, run.init_channels, run.layers, info, "cifar")
     _report(content, run, alphas, genotype, costs)
     files: list[Path] = []
     if opt.visualize:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
 
 
 def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
-    import checkpoint
+    from training import checkpoint
 
     known = checkpoint.epochs(folder, "weights")
     if not known:
@@ -92,8 +92,8 @@ def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
 def _report(
     content: dict[str, Any], run: TrainOptions, alphas: list[Any], genotype: "Genotype", costs: dict[str, int]
 ) -> None:
-    import cost
     import sampling
+    from resources import cost
 
     info, row = content["data"], content["metrics"]
     height, width = info["image_size"]

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> "Found":
     """Parse the options and run the constrained search; returns its folder, genotype and last metrics."""
     opt = options.parse(ConstraintOptions, argv, "main_constraint.py", __doc__)
-    import constraining  # after the options: torch takes seconds to import, and a typo should not
     import search
+    from resources import constraining  # after the options: torch takes seconds to import, and a typo should not
 
     return search.run_search(opt, constraining.make_objective)
 

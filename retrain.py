@@ -7,13 +7,13 @@ import options
 from options.child_option import ChildOptions
 
 if TYPE_CHECKING:
-    from retraining import Tested
+    from child.retraining import Tested
 
 
 def main(argv: Sequence[str] | None = None) -> "Tested":
     """Parse the options, train and test the child; returns its folder, genotype and test figures."""
     opt = options.parse(ChildOptions, argv, "retrain.py", __doc__)
-    import retraining  # after the options: torch takes seconds to import, and a typo should not
+    from child import retraining  # after the options: torch takes seconds to import, and a typo should not
 
     return retraining.run_retrain(opt)
 

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import engine
-import experiment
 import genotypes
 import sampling
 import utils
 import visualize
-from data import DataInfo
-from experiment import Run, Stateful
+from loading.batches import DataInfo
 from model_search import Network
 from options.default_option import TrainOptions
+from resources import cost
 from sampling import Z
+from training import loop
+from training.run import Run, Stateful, announce, open_run
 
 Terms = dict[str, Tensor]  # further scalars of an objective, logged under their names
 # (logits (B, classes), targets (B,), Z) -> (loss, terms); a module if it learns or counts something
@@ -99,9 +99,18 @@ def make_network(opt: TrainOptions, info: DataInfo) -> Network:
     )
 
 
+def supernet_cost(opt: TrainOptions, info: DataInfo) -> dict[str, int]:
+    """params, flops and mac of the supernet that is searched."""
+    height, width = info.image_size
+    deployed = cost.Deployed(
+        opt.init_channels, opt.layers, (height, width), len(info.classes), info.channels, affine=False
+    )
+    return cost.supernet_cost(opt.space, opt.nodes, deployed)
+
+
 def search_step(
     learner: Learner, images: Tensor, targets: Tensor, z: Z, opt: TrainOptions, autocast: torch.autocast
-) -> engine.Step:
+) -> loop.Step:
     """The SNAS step: one Z, one forward, one backward; theta and alpha are updated together.
 
     Args:
@@ -113,7 +122,7 @@ def search_step(
     with autocast:
         logits = learner.network(images, z)
     loss, terms = learner.objective(logits, targets, z)
-    engine.update(loss, [(learner.theta_optimizer, opt.grad_clip), (learner.alpha_optimizer, opt.arch_grad_clip)])
+    loop.update(loss, [(learner.theta_optimizer, opt.grad_clip), (learner.alpha_optimizer, opt.arch_grad_clip)])
     if isinstance(learner.objective, Adaptive):
         learner.objective.after_step()
     return logits, loss, terms
@@ -144,16 +153,16 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     Raises:
         UserError: options, data or experiment cannot be used, or the loss became infinite.
     """
-    run = experiment.open_run(opt, "weights")
+    run = open_run(opt, "weights")
     learner = build(opt, run.data.info, make_objective)
     learner.network.to(run.device)
     if isinstance(learner.objective, nn.Module):
         learner.objective.to(run.device)
     run.restore(learner.parts())
-    experiment.announce(run, experiment.supernet_cost(opt, run.data.info))
+    announce(run, supernet_cost(opt, run.data.info))
     if opt.compile:
-        engine.compile_cells(learner.network.cells)
-    row = engine.fit(
+        loop.compile_cells(learner.network.cells)
+    row = loop.fit(
         run,
         learner.parts(),
         lambda epoch: _one_epoch(run, learner, epoch),
@@ -184,16 +193,16 @@ def _train_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     opt: TrainOptions = run.opt  # type: ignore[assignment]
     network = learner.network.train()
 
-    def step(number: int, images: Tensor, targets: Tensor) -> engine.Step:
+    def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
         noise = utils.generator(run.device, opt.seed, "z", number)
         z = network.sample(temperature(opt, epoch, number), noise, opt.resample_cell)
-        return search_step(learner, images, targets, z, opt, engine.autocast(run))
+        return search_step(learner, images, targets, z, opt, loop.autocast(run))
 
     last = epoch * run.data.steps(opt.batch_size) - 1
     row = {"temperature": temperature(opt, epoch, last), "learning_rate": learner.scheduler.get_last_lr()[0]}
     train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
     calibrating = min(train, opt.calibration_batches * opt.eval_batch_size)
-    row |= engine.train_epoch(run, epoch, step, 1.2 * (calibrating + valid))  # the child's is a small part of it
+    row |= loop.train_epoch(run, epoch, step, 1.2 * (calibrating + valid))  # the child's is a small part of it
     learner.scheduler.step()
     return row
 
@@ -213,17 +222,17 @@ def _evaluate_epoch(run: Run, learner: Learner, epoch: int, heat: float) -> dict
     return row
 
 
-def evaluate_z(run: Run, network: Network, z: Z, epoch: int, split: str = "valid") -> engine.Figures:
+def evaluate_z(run: Run, network: Network, z: Z, epoch: int, split: str = "valid") -> loop.Figures:
     """The supernet at one Z on a split, with batch-norm statistics estimated for this Z on training images."""
     opt: TrainOptions = run.opt  # type: ignore[assignment]
 
     def forward(images: Tensor) -> Tensor:
-        with engine.autocast(run):
+        with loop.autocast(run):
             return network(images, z)
 
     batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, run.device)
-    with engine.calibrated(network, forward, batches):
-        return engine.evaluate(run, forward, split)
+    with loop.calibrated(network, forward, batches):
+        return loop.evaluate(run, forward, split)
 
 
 def summarise(row: Mapping[str, Any], objective: Objective) -> str:

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
-import engine
 import genotypes
 import options
 from benchmarks import machine, textbook
 from fused import operation as kernels
 from genotypes import Genotype
 from model import ChildNetwork
+from training import loop
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _step(network: nn.Module, images: Tensor, targets: Tensor, enabled: bool) ->
         with kernels.switched(enabled):
             logits = network(images)
             loss = F.cross_entropy(logits[0] if isinstance(logits, tuple) else logits, targets)
-            engine.update(loss, [(sgd, 5.0)])
+            loop.update(loss, [(sgd, 5.0)])
 
     return run
 

@@ -17,10 +17,9 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import nn
 
-import budget
-import cost
 import options
 from benchmarks import machine
+from resources import budget, cost
 from sampling import Z, concrete_sample
 
 

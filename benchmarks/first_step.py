@@ -19,9 +19,9 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
-import images
 import options
 from benchmarks import machine
+from loading import images
 
 CODE = """
 import sys, time

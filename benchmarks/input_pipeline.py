@@ -19,7 +19,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 import options
 from benchmarks import machine
-from data import Data
+from loading.batches import Data
 from options.default_option import RunOptions
 
 

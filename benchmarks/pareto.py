@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-import checkpoint
-import cost
-import experiment
 import main_constraint
 import options
 from benchmarks import machine
 from options.constraint_option import ConstraintOptions
+from resources import cost
+from training import checkpoint
+from training.run import check_same_options
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
         main_constraint.main(argv)
         done = checkpoint.epochs(folder, "weights")
     stored = checkpoint.load(checkpoint.path_of(folder, "weights", done[-1]))
-    experiment.check_same_options(wanted, stored["options"], folder)
+    check_same_options(wanted, stored["options"], folder)
     row = stored["metrics"]
     return {
         "budget": budget,

@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 from jsonargparse.typing import PositiveInt
 
-import experiment
 import options
 import retrain
 from genotypes import Genotype
 from options import UserError
 from options.child_option import ChildOptions
+from training.run import check_same_options
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _one(opt: BaselineOptions, name: str, seed: int, genotype: list[str]) -> dic
         print(f"--- {name}")
         retrain.main(argv)
     stored = yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8"))
-    experiment.check_same_options(options.parse(ChildOptions, argv, "retrain.py", ""), stored, folder)
+    check_same_options(options.parse(ChildOptions, argv, "retrain.py", ""), stored, folder)
     figures = json.loads(path.read_text(encoding="utf-8"))
     return {
         key: figures[key]

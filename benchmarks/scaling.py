@@ -23,10 +23,10 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import engine
 import options
 from benchmarks import machine
 from model_search import Network
+from training import loop
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _work(rank: int, opt: ScalingOptions, count: int, address: str, queue: Any) 
     seconds = []
     for number in range(opt.rounds + 1):
         start = time.perf_counter()
-        engine.update(F.cross_entropy(model(images, number), targets), [(sgd, 5.0), (adam, 10.0)])
+        loop.update(F.cross_entropy(model(images, number), targets), [(sgd, 5.0), (adam, 10.0)])
         seconds.append(time.perf_counter() - start)
     if rank == 0:
         queue.put(seconds[1:])

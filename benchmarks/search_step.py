@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import engine
 import options
 import sampling
 import utils
@@ -47,6 +46,7 @@ from benchmarks.textbook import Textbook
 from fused import operation as kernels
 from model_search import Network
 from options import UserError
+from training import loop
 
 Name = Literal["textbook", "ours", "recompute", "plain", "bf16", "compiled"]
 Contender = tuple[Callable[[Tensor], Tensor], list[nn.Parameter], list[nn.Parameter]]  # forward, thetas, alphas
@@ -119,7 +119,7 @@ def make_contender(opt: StepOptions, name: str, device: torch.device) -> Contend
         )
     network = Network(opt.init_channels, 10, opt.layers, recompute=name == "recompute").to(device)
     if name == "compiled":
-        engine.compile_cells(network.cells)
+        loop.compile_cells(network.cells)
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
@@ -154,7 +154,7 @@ def make_step(opt: StepOptions, name: str, device: torch.device) -> Callable[[],
     def step() -> None:
         before, kernels.enabled = kernels.enabled, name != "plain"
         try:
-            engine.update(F.cross_entropy(forward(images), targets), [(sgd, 5.0), (adam, 10.0)])
+            loop.update(F.cross_entropy(forward(images), targets), [(sgd, 5.0), (adam, 10.0)])
         finally:
             kernels.enabled = before
 

@@ -18,15 +18,15 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
-import engine
 import options
 import search
-from data import Data
 from genotypes import GENOTYPES, random_genotype
+from loading.batches import Data
 from model import ChildNetwork
 from model_search import Network
 from options.default_option import TrainOptions
 from sampling import Z
+from training import loop
 
 CUDA = torch.device("cuda:0")
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
@@ -100,7 +100,7 @@ def compiler() -> Iterator[CompileCounter]:
 def compiled(cells: nn.ModuleList, compiler: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
     real = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend=compiler))
-    engine.compile_cells(cells)
+    loop.compile_cells(cells)
 
 
 def test_a_deep_child_is_compiled_as_a_whole_and_not_again_every_epoch(
@@ -153,7 +153,7 @@ def test_what_the_compiler_sees_gives_the_same_step(monkeypatch: pytest.MonkeyPa
     real = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        engine.compile_cells(compiled.cells)
+        loop.compile_cells(compiled.cells)
         results = []
         for network in (base, compiled):
             network(images, z).square().mean().backward()

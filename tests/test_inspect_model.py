@@ -40,7 +40,7 @@ def test_it_works_from_the_checkpoint_alone(
 
 
 def test_the_genotype_is_that_of_the_stored_alphas(arguments: list[str], places: list[str]) -> None:
-    import checkpoint
+    from training import checkpoint
 
     found = main.main(arguments)
     state = checkpoint.load(found.folder / "weights_epoch_2.pt")["parts"]["network"]

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-import checkpoint
-import cost
 import inspect_model
 import main
 import main_constraint
+from resources import cost
+from training import checkpoint
 
 COMMON = ("train_loss", "valid_loss", "child_valid_acc", "entropy_normal", "temperature")
 

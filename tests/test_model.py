@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model_search import random_genotype
 
-import cost
 from genotypes import GENOTYPES, SPACES
 from model import ChildNetwork
 from model_search import Network
 from operations import Norm
+from resources import cost
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-import cost
 from benchmarks.textbook import Textbook
 from genotypes import SPACES, Genotype, derive, edge_list
 from model_search import Network
 from operations import Norm
+from resources import cost
 from sampling import Z
 
 

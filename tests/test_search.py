@@ -4,17 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-import data
-import engine
-import experiment
 import genotypes
 import main
 import search
 import utils
+from loading.batches import Data
 from options import UserError
 from options.default_option import TrainOptions
 from sampling import Z
+from training import checkpoint, loop
+from training.run import Run, open_run
 
 CLOCK = {"images_per_second", "epoch_seconds"}
 
@@ -195,12 +194,12 @@ def test_one_step_moves_theta_and_alpha_by_sgd_and_adam_with_clipped_gradients(a
     import options
 
     opt = options.parse(TrainOptions, [*arguments, "--grad_clip=0.1", "--arch_grad_clip=0.001"], "main.py", "")
-    run = experiment.open_run(opt, "weights")
+    run = open_run(opt, "weights")
     learner = search.build(opt, run.data.info, lambda *_: search.cross_entropy)
     before = copy.deepcopy(learner.network)
     images, targets = next(run.data.train_batches(8, 1, run.device))
     seed = torch.Generator().manual_seed(1)
-    search.search_step(learner, images, targets, learner.network.sample(0.7, seed), opt, engine.autocast(run))
+    search.search_step(learner, images, targets, learner.network.sample(0.7, seed), opt, loop.autocast(run))
 
     loss = nn.functional.cross_entropy(before(images, before.sample(0.7, torch.Generator().manual_seed(1))), targets)
     for parameters, trained, limit in (
@@ -237,14 +236,14 @@ def test_child_accuracy_is_that_of_the_child_network_with_the_supernets_weights(
     found = main.main(arguments)
     content = checkpoint.load(found.folder / "weights_epoch_2.pt")
     opt = options.parse(TrainOptions, arguments, "main.py", "")
-    run = experiment.Run(opt, "weights", found.folder, torch.device("cpu"), data.Data(opt, content["split"]))
+    run = Run(opt, "weights", found.folder, torch.device("cpu"), Data(opt, content["split"]))
     network = search.make_network(opt, run.data.info)
     network.load_state_dict(content["parts"]["network"])
     child = ChildNetwork(found.genotype, 4, 3, 3, affine=False)
     child.load_state_dict(network.child_state_dict(found.genotype))
     batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 2, run.device)
-    with engine.calibrated(child, child, batches):
-        figures = engine.evaluate(run, lambda images: child(images)[0], "valid")
+    with loop.calibrated(child, child, batches):
+        figures = loop.evaluate(run, lambda images: child(images)[0], "valid")
     assert figures.acc == pytest.approx(found.metrics["child_valid_acc"])
     assert figures.loss == pytest.approx(found.metrics["child_valid_loss"], rel=1e-4)
 

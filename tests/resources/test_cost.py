@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cost
 from genotypes import GENOTYPES, SPACES, Genotype, random_genotype
 from model import ChildNetwork
 from model_search import Network
+from resources import cost
 from sampling import Z
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import child
 import options
 import utils
-from data import Data, DataInfo
+from child import source
+from loading.batches import Data, DataInfo
 from options import UserError
 from options.child_option import ChildOptions
 from options.export_option import ExportOptions
+from training import checkpoint
 
 Predict = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]  # images (B, C, H, W) -> logits (B, classes)
 
@@ -65,16 +65,16 @@ def run_export(opt: ExportOptions) -> Exported:
     Raises:
         UserError: no such checkpoint, a file in the way, a missing package, or a file that disagrees with the model.
     """
-    source = _find_checkpoint(opt)
-    content = checkpoint.load(source)
+    weights = _find_checkpoint(opt)
+    content = checkpoint.load(weights)
     if content.get("stem") != "child":
-        raise UserError(f"--checkpoint {source} is a search's; retrain its child first: python retrain.py")
-    path = Path(opt.out) if opt.out else source.with_name(f"child.{opt.format}")
+        raise UserError(f"--checkpoint {weights} is a search's; retrain its child first: python retrain.py")
+    path = Path(opt.out) if opt.out else weights.with_name(f"child.{opt.format}")
     cards = [path.with_name(f"{path.name}.{ending}") for ending in ("md", "json")]
     for file in (path, *cards):
         if file.exists():
             raise UserError(f"{file} exists; name another file with --out")
-    network, genotype = child.load_child(content)
+    network, genotype = source.load_child(content)
     info = DataInfo(**content["data"])
     model = Deployed(network, info, 255 if opt.input == "uint8" else 1).eval()
     images, kind = _images(opt, content, info)
@@ -100,8 +100,8 @@ def run_export(opt: ExportOptions) -> Exported:
         "classes": info.classes,
         "mean": info.mean,
         "std": info.std,
-        **child.child_cost(genotype, *_shape(content), info, content["options"]["stem"]),
-        "test": _test_figures(source.parent) if content["epoch"] == content["options"]["epochs"] else None,
+        **source.child_cost(genotype, *_shape(content), info, content["options"]["stem"]),
+        "test": _test_figures(weights.parent) if content["epoch"] == content["options"]["epochs"] else None,
         "largest_difference": difference,
         "compared_on": f"{len(images)} {kind}",
         "latency": _latency(predict, images[:1].numpy(), opt.format),

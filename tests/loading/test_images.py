@@ -6,7 +6,7 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-import images
+from loading import images
 from options import UserError
 
 

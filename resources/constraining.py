@@ -1,13 +1,12 @@
 """The resource-constrained search: from its options to its objective."""
 
-import cost
-import latency
-from budget import Constrained
-from data import DataInfo
+from loading.batches import DataInfo
 from model_search import Network
 from options import UserError
 from options.constraint_option import LEVELS, ConstraintOptions
 from options.default_option import TrainOptions
+from resources import cost, latency
+from resources.budget import Constrained
 
 
 def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Constrained:

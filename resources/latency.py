@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cost
 import genotypes
 import utils
-from cost import Deployed, Table
 from genotypes import NONE, CellPlan, Genotype
 from model import ChildNetwork
 from operations import make_op
 from options import UserError
+from resources import cost
+from resources.cost import Deployed, Table
 
 _FORMAT = 1
 _COPIES = 8  # of an operation in its session, which shares the cost of a call among them

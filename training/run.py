@@ -9,14 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-import checkpoint
-import cost
-import data
 import operations
 import options
 import utils
+from loading import batches
 from options import UserError
-from options.default_option import RunOptions, TrainOptions
+from options.default_option import RunOptions
+from training import checkpoint
 
 # Options that may change when a run is resumed: what is computed stays the same function of the same images.
 FREE = {
@@ -54,7 +53,7 @@ class Run:
     stem: str  # checkpoints are STEM_epoch_N.pt
     folder: Path
     device: torch.device
-    data: data.Data
+    data: batches.Data
     epoch: int = 0  # the last finished one
     loaded: Mapping[str, Any] | None = None  # the checkpoint it goes on from
     extra: dict[str, Any] = field(default_factory=dict)  # plain containers to keep in the checkpoints
@@ -109,7 +108,7 @@ def open_run(
     loaded = checkpoint.load(checkpoint.path_of(folder, stem, done[-1])) if done else None
     if loaded:
         check_same_options(opt, loaded["options"], folder)
-    run_data = data.Data(opt, loaded["split"] if loaded else split, train_on_valid)
+    run_data = batches.Data(opt, loaded["split"] if loaded else split, train_on_valid)
     if loaded and run_data.info.to_dict() != loaded["data"]:
         raise UserError(f"--dataset {opt.dataset} does not hold the images of the run in {folder}; use a new --name")
     try:
@@ -117,7 +116,7 @@ def open_run(
     except OSError as error:
         raise UserError(f"--experiments_dir {opt.experiments_dir} cannot be written: {error.strerror}") from None
     options.save(opt, folder / "options.yaml", f"python {Path(sys.argv[0]).name} --config {folder}/options.yaml")
-    data.write_split(folder / "split.json", run_data, opt)
+    batches.write_split(folder / "split.json", run_data, opt)
     return Run(opt, stem, folder, device, run_data, loaded["epoch"] if loaded else 0, loaded)
 
 
@@ -153,15 +152,6 @@ def check_finite(run: Run, name: str, value: float, epoch: int) -> None:
             f"{name} became {value} in epoch {epoch}; last good checkpoint: {good}; "
             "try a lower --learning_rate or --precision fp32 under a new --name"
         )
-
-
-def supernet_cost(opt: TrainOptions, info: data.DataInfo) -> dict[str, int]:
-    """params, flops and mac of the supernet that is searched."""
-    height, width = info.image_size
-    deployed = cost.Deployed(
-        opt.init_channels, opt.layers, (height, width), len(info.classes), info.channels, affine=False
-    )
-    return cost.supernet_cost(opt.space, opt.nodes, deployed)
 
 
 def announce(run: Run, costs: Mapping[str, int]) -> None:

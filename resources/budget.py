@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-import cost
-from cost import Table
+from resources import cost
+from resources.cost import Table
 from sampling import Z
 
 Alphas = list[nn.Parameter]

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-import checkpoint
-import cost
 import genotypes
 import options
 import utils
-from data import DataInfo
 from genotypes import Genotype
+from loading.batches import DataInfo
 from model import ChildNetwork
 from model_search import Network
 from options import UserError
 from options.child_option import ChildOptions
+from resources import cost
+from training import checkpoint
 
 _TRIES = 20_000  # draws of random:SEED with --match_params
 

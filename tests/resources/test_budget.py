@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import budget
-import cost
-from budget import ESTIMATORS, Constrained, child_cost
-from cost import Table
 from model_search import Network
+from resources import budget, cost
+from resources.budget import ESTIMATORS, Constrained, child_cost
+from resources.cost import Table
 from sampling import Z, concrete_sample
 
 DEPLOYED = cost.Deployed(4, 3, (8, 8), 3)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import images
-import splits
 import utils
+from loading import images, splits
 from options import UserError
 from options.default_option import RunOptions
 

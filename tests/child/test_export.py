@@ -9,17 +9,15 @@ import torch
 from PIL import Image
 from test_retrain import searched  # noqa: F401
 
-import checkpoint
-import child
-import data
 import export_model
-import exporting
-import images
 import operations
 import options
 import retrain
+from child import export, source
+from loading import batches, images
 from options import UserError
 from options.child_option import ChildOptions
+from training import checkpoint
 
 
 @pytest.fixture
@@ -37,8 +35,8 @@ def test_onnx_takes_bytes_and_gives_the_logits_of_the_model(trained: list[str], 
     assert not list(exported.path.parent.glob("*.data"))  # no side file
     session = onnxruntime.InferenceSession(exported.path)
     content = checkpoint.load(tmp_path / "experiments" / "again" / "child_epoch_3.pt")
-    network, _ = child.load_child(content)
-    made = data.Data(options.restore(ChildOptions, content["options"]), content["split"], train_on_valid=True)
+    network, _ = source.load_child(content)
+    made = batches.Data(options.restore(ChildOptions, content["options"]), content["split"], train_on_valid=True)
     normalised, _ = next(made.batches("test", 99, torch.device("cpu")))
     with torch.no_grad():
         wanted = network(normalised)[0].numpy()
@@ -130,15 +128,15 @@ def test_without_the_data_random_images_are_compared(
     def gone(*_: object) -> object:
         raise UserError("no such folder")
 
-    monkeypatch.setattr(exporting, "Data", gone)
+    monkeypatch.setattr(export, "Data", gone)
     exported = export_model.main([*trained, "--check_images=5"])
     assert exported.card["compared_on"] == "5 random images"
     assert "give --dataset" in capsys.readouterr().out
 
 
 def test_a_file_that_computes_something_else_is_not_kept(trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = exporting._export_onnx
-    monkeypatch.setattr(exporting, "_export_onnx", lambda *a: lambda pixels: real(*a)(pixels) + 1)
+    real = export._export_onnx
+    monkeypatch.setattr(export, "_export_onnx", lambda *a: lambda pixels: real(*a)(pixels) + 1)
     with pytest.raises(UserError, match="something else"):
         export_model.main(trained)
     assert not list((Path(trained[0].split("=")[1]) / "again").glob("child.onnx*"))

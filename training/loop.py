@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import experiment
 import utils
-from experiment import Run, Stateful
 from operations import Norm
+from training.run import Run, Stateful, check_finite, duration
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Step = tuple[Tensor, Tensor, Mapping[str, Tensor]]  # logits (B, classes), loss, further scalars
@@ -185,7 +184,7 @@ def train_epoch(
             seen += len(targets)
             if (index + 1) % run.opt.report_freq == 0 or index + 1 == steps:
                 now = mean.values()
-                experiment.check_finite(run, "train_loss", now["train_loss"], epoch)
+                check_finite(run, "train_loss", now["train_loss"], epoch)
                 bar.set_postfix(loss=f"{now['train_loss']:.3f}", acc=f"{now['train_acc']:.1f}")
             if epoch == run.started + 1 and index in (0, min(_GUESS_AFTER, steps - 1)):
                 loss.item()  # waits for the device
@@ -193,7 +192,7 @@ def train_epoch(
                 if index or steps == 1:
                     each = (now_at - first) / index if index else now_at - start  # the first one of several warms up
                     rest = (run.opt.epochs - run.epoch) * each * (steps + 0.35 * evaluated / run.opt.batch_size)
-                    tqdm.write(f"time     about {experiment.duration(rest)} (guessed from {max(1, index)} steps)")
+                    tqdm.write(f"time     about {duration(rest)} (guessed from {max(1, index)} steps)")
                 first = now_at
     return {**mean.values(), "images_per_second": seen / (time.perf_counter() - start)}
 
@@ -223,7 +222,7 @@ def fit(
             torch.manual_seed(utils.fold(run.opt.seed, "epoch", epoch))  # drop path
             row = {"epoch": epoch, **one_epoch(epoch)}
             for name, value in row.items():
-                experiment.check_finite(run, name, value, epoch)
+                check_finite(run, name, value, epoch)
             run.save(epoch, parts, row)
             log.add(row)
             tqdm.write(summarise(row))

@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-import child
-import data
 import genotypes
 import main
 import options
 import retrain
-import retraining
 import utils
+from child import retraining, source
+from loading.batches import Data
 from model import ChildNetwork
 from options import UserError
 from options.child_option import ChildOptions
+from training import checkpoint
 
 CLOCK = {"images_per_second", "epoch_seconds"}
 
@@ -57,8 +56,8 @@ def test_figures_of_the_test_split_agree_with_each_other_and_the_checkpoint(sear
     assert list(tested.figures["per_class_acc"].values()) == pytest.approx(recalls)
     assert tested.figures["balanced_acc"] == pytest.approx(recalls.mean())
     content = checkpoint.load(tested.folder / "child_epoch_3.pt")
-    network, _ = child.load_child(content)
-    made = data.Data(options.restore(ChildOptions, content["options"]), content["split"], train_on_valid=True)
+    network, _ = source.load_child(content)
+    made = Data(options.restore(ChildOptions, content["options"]), content["split"], train_on_valid=True)
     images, labels = next(made.batches("test", 99, torch.device("cpu")))
     with torch.no_grad():
         logits = network(images)[0]
@@ -82,10 +81,8 @@ def test_the_test_images_are_those_the_search_held_out(searched: list[str], tmp_
 
 def test_training_never_looks_at_the_test_split(searched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    batches = data.Data.batches
-    monkeypatch.setattr(
-        data.Data, "batches", lambda self, split, *rest: asked.append(split) or batches(self, split, *rest)
-    )
+    batches = Data.batches
+    monkeypatch.setattr(Data, "batches", lambda self, split, *rest: asked.append(split) or batches(self, split, *rest))
     retrain.main([*searched, "--use_valid=False"])
     assert asked == ["valid"] * 3 + ["test"]
 
@@ -142,14 +139,14 @@ def test_the_supernets_weights_are_taken_over_and_give_its_accuracy(
     swapped = {"train": content["split"]["train"], "valid": content["split"]["test"], "test": content["split"]["valid"]}
     split.write_text(json.dumps(swapped))
     opt = options.parse(ChildOptions, [*searched, "--init_from=run", f"--split={split}"], "", "")
-    run = retraining.Run(opt, "child", Path(), torch.device("cpu"), data.Data(opt, swapped))
-    genotype = child.find_genotype(opt, run.data.info)
-    network = child.make_child(opt, genotype, run.data.info)
-    child.inherit(opt, network, genotype)
-    import engine
+    run = retraining.Run(opt, "child", Path(), torch.device("cpu"), Data(opt, swapped))
+    genotype = source.find_genotype(opt, run.data.info)
+    network = source.make_child(opt, genotype, run.data.info)
+    source.inherit(opt, network, genotype)
+    from training import loop
 
     batches = run.data.plain_train_batches(256, 8, 2, run.device)
-    engine.estimate_statistics(network, network, batches)
+    loop.estimate_statistics(network, network, batches)
     figures = retraining.test_figures(run, network, genotype)
     assert figures["acc"] == pytest.approx(content["metrics"]["child_valid_acc"])
     assert figures["loss"] == pytest.approx(content["metrics"]["child_valid_loss"], rel=1e-3)

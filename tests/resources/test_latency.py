@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-import cost
 import genotypes
-import latency
 import main_constraint
-from budget import child_cost
-from latency import Latencies
 from options import UserError
+from resources import cost, latency
+from resources.budget import child_cost
+from resources.latency import Latencies
 
 DEPLOYED = cost.Deployed(4, 3, (8, 8), 3)
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 from options import UserError
+from training import checkpoint
 
 
 def test_round_trip_and_the_epochs_of_a_folder(tmp_path: Path) -> None:

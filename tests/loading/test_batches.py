@@ -7,9 +7,8 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-import data
-import splits
-from data import Augmentation, Data, augment
+from loading import splits
+from loading.batches import Augmentation, Data, augment, write_split
 from options import UserError
 from options.default_option import TrainOptions
 
@@ -139,7 +138,7 @@ def test_batches_are_moved_to_the_device(tiny: Path) -> None:
 
 
 def test_every_image_is_decoded_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import images
+    from loading import images
 
     read, paths = images._read, []
     monkeypatch.setattr(images, "_read", lambda path, *rest: paths.append(path) or read(path, *rest))
@@ -208,13 +207,13 @@ def test_no_augmentation_changes_nothing() -> None:
 def test_split_file_says_how_it_was_drawn(tiny: Path, tmp_path: Path) -> None:
     opt = options(tiny, seed=3)
     made = Data(opt)
-    data.write_split(tmp_path / "split.json", made, opt)
+    write_split(tmp_path / "split.json", made, opt)
     stored = json.loads((tmp_path / "split.json").read_text())
     assert stored["seed"] == 3 and {k: stored[k] for k in made.split} == made.split
 
 
 def test_the_bundled_slice_is_complete() -> None:
-    folder = Path(__file__).parents[1] / "dataset"
+    folder = Path(__file__).parents[2] / "dataset"
     made = Data(options(folder))
     assert [sum(column) for column in zip(*made.info.counts.values(), strict=True)] == [200] * 10
     assert made.info.image_size == [28, 28] and made.info.channels == 1

@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import checkpoint
-import child
-import engine
-import experiment
 import utils
-from data import Data
-from experiment import Run, Stateful
+from child import source
 from genotypes import Genotype
+from loading.batches import Data
 from model import ChildNetwork
 from options import UserError
 from options.child_option import ChildOptions
+from training import checkpoint, loop
+from training.run import Run, Stateful, announce, check_same_options, open_run
 
 
 class Tested(NamedTuple):
@@ -76,19 +74,19 @@ def run_retrain(opt: ChildOptions) -> Tested:
     """
     if opt.eval_only:
         return _evaluate_only(opt)
-    run = experiment.open_run(opt, "child", _split(opt), opt.use_valid)
+    run = open_run(opt, "child", _split(opt), opt.use_valid)
     _check_test_images(run)
-    genotype = _stored_genotype(run) or child.find_genotype(opt, run.data.info)
+    genotype = _stored_genotype(run) or source.find_genotype(opt, run.data.info)
     run.extra["genotype"] = genotype.to_dict()
     learner = build(opt, _initial(run, opt, genotype))
     if learner.average is not None:
         learner.average.to(run.device)
     run.restore(learner.parts())
-    costs = child.child_cost(genotype, opt.init_channels, opt.layers, run.data.info, opt.stem)
-    experiment.announce(run, costs)
+    costs = source.child_cost(genotype, opt.init_channels, opt.layers, run.data.info, opt.stem)
+    announce(run, costs)
     if opt.compile:
-        engine.compile_cells(learner.network.cells)
-    engine.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
+        loop.compile_cells(learner.network.cells)
+    loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
     result = test_figures(run, learner.evaluated(), genotype)
     utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
     utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
@@ -138,9 +136,9 @@ def _stored_genotype(run: Run) -> Genotype | None:
 
 def _initial(run: Run, opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
     """The network before training: random, or with the weights of --init_from and statistics that suit them."""
-    network = child.make_child(opt, genotype, run.data.info)
+    network = source.make_child(opt, genotype, run.data.info)
     if opt.init_from is not None and run.loaded is None:
-        missing = child.inherit(opt, network, genotype)
+        missing = source.inherit(opt, network, genotype)
         if opt.eval_only and missing:
             raise UserError(
                 f"--eval_only True: {len(missing)} weights do not come from {opt.init_from}, e.g. {missing[0]}; "
@@ -148,7 +146,7 @@ def _initial(run: Run, opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
             )
         network.to(run.device)
         batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 0, run.device)
-        engine.estimate_statistics(network, network, batches)
+        loop.estimate_statistics(network, network, batches)
     return network.to(run.device)
 
 
@@ -157,19 +155,19 @@ def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     network, start = learner.network.train(), time.perf_counter()
     network.drop_path_prob = opt.drop_path_prob * (epoch - 1) / max(1, opt.epochs - 1)
 
-    def step(number: int, images: Tensor, targets: Tensor) -> engine.Step:
+    def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
         logits, loss = _loss(run, network, images, targets)
-        engine.update(loss, [(learner.optimizer, opt.grad_clip)])
+        loop.update(loss, [(learner.optimizer, opt.grad_clip)])
         if learner.average is not None:
             learner.average.update_parameters(network)
         return logits, loss, {}
 
     row = {"learning_rate": learner.scheduler.get_last_lr()[0], "drop_path_prob": network.drop_path_prob}
-    row |= engine.train_epoch(run, epoch, step, 0 if opt.use_valid else len(run.data.indices["valid"]))
+    row |= loop.train_epoch(run, epoch, step, 0 if opt.use_valid else len(run.data.indices["valid"]))
     learner.scheduler.step()
     if not opt.use_valid:
         evaluated = learner.evaluated().eval()
-        figures = engine.evaluate(run, lambda images: evaluated(images)[0], "valid")
+        figures = loop.evaluate(run, lambda images: evaluated(images)[0], "valid")
         row |= {f"valid_{name}": value for name, value in figures._asdict().items()}
     return row | {"epoch_seconds": time.perf_counter() - start}
 
@@ -177,7 +175,7 @@ def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
 def _loss(run: Run, network: ChildNetwork, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and cross-entropy plus that of the auxiliary head times its weight."""
     opt: ChildOptions = run.opt  # type: ignore[assignment]
-    with engine.autocast(run):
+    with loop.autocast(run):
         logits, side = network(images)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=opt.label_smoothing)
     if side is not None:
@@ -207,7 +205,7 @@ def test_figures(run: Run, network: ChildNetwork, genotype: Genotype) -> dict[st
 
     opt: ChildOptions = run.opt  # type: ignore[assignment]
     info, network = run.data.info, network.eval()
-    logits, labels = engine.predict(run, lambda images: network(images)[0], "test")
+    logits, labels = loop.predict(run, lambda images: network(images)[0], "test")
     confusion = confusion_matrix(labels, logits.argmax(1), labels=range(len(info.classes)))
     shares = {
         name: 100 * float(row[c] / row.sum()) if row.sum() else None
@@ -215,11 +213,11 @@ def test_figures(run: Run, network: ChildNetwork, genotype: Genotype) -> dict[st
     }
     ece = multiclass_calibration_error(logits.softmax(1), labels, len(info.classes), n_bins=15)
     return {
-        **engine.figures(logits, labels)._asdict(),
+        **loop.figures(logits, labels)._asdict(),
         "ece": float(ece),
         "per_class_acc": shares,
         "confusion": confusion.tolist(),
-        **child.child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem),
+        **source.child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem),
         "seed": opt.seed,
         "train_images": len(run.data.indices["train"]),
         "test_images": len(labels),
@@ -242,17 +240,17 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     known = checkpoint.epochs(folder, "child")
     content = checkpoint.load(checkpoint.path_of(folder, "child", known[-1])) if known else None
     if opt.init_from is not None and (content is None or content["options"]["init_from"] != opt.init_from):
-        content = child.supernet_checkpoint(opt)
+        content = source.supernet_checkpoint(opt)
         run = Run(opt, "child", folder, device, Data(opt, _split(opt) or content["split"]))
         _check_test_images(run)
-        genotype = child.find_genotype(opt, run.data.info)
+        genotype = source.find_genotype(opt, run.data.info)
         network = _initial(run, opt, genotype)
     elif content is None:
         raise UserError(f"--eval_only True: no child checkpoint in {folder}; give --name or --init_from")
     else:
-        experiment.check_same_options(opt, content["options"], folder)
+        check_same_options(opt, content["options"], folder)
         run = Run(opt, "child", folder, device, Data(opt, content["split"], opt.use_valid))
-        network, genotype = child.load_child(content)
+        network, genotype = source.load_child(content)
     if run.data.info.to_dict()["classes"] != content["data"]["classes"]:
         raise UserError(f"--dataset {opt.dataset} has other classes than the weights")
     result = test_figures(run, network.to(device), genotype)

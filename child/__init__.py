@@ -1,0 +1,1 @@
+"""The derived network: where it comes from, its training, its export."""

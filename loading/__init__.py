@@ -1,0 +1,1 @@
+"""Images: found, decoded, split, and given out as augmented batches."""

@@ -1,0 +1,1 @@
+"""What an architecture costs, and the objective that keeps it within a budget."""
