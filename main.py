@@ -14,8 +14,9 @@ def main(argv: Sequence[str] | None = None) -> "Found":
     """Parse the options and run the plain search; returns its folder, genotype and last metrics."""
     opt = options.parse(TrainOptions, argv, "main.py", __doc__)
     import search  # after the options: torch takes seconds to import, and a typo should not
+    from objective import Objective
 
-    return search.run_search(opt, lambda network, info, opt: search.cross_entropy)
+    return search.run_search(opt, lambda network, info, opt: Objective())
 
 
 if __name__ == "__main__":

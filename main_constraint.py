@@ -17,9 +17,9 @@ def main(argv: Sequence[str] | None = None) -> "Found":
     """Parse the options and run the constrained search; returns its folder, genotype and last metrics."""
     opt = options.parse(ConstraintOptions, argv, "main_constraint.py", __doc__)
     import search
-    from resources import constraining  # after the options: torch takes seconds to import, and a typo should not
+    from resources import budget  # after the options: torch takes seconds to import, and a typo should not
 
-    return search.run_search(opt, constraining.make_objective)
+    return search.run_search(opt, budget.make_objective)
 
 
 if __name__ == "__main__":

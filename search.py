@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import genotypes
 import sampling
@@ -19,38 +18,12 @@ import utils
 import visualize
 from loading.batches import DataInfo
 from model_search import Network
+from objective import Objective
 from options.default_option import TrainOptions
 from resources import cost
 from sampling import Z
 from training import loop
 from training.run import Run, Stateful, announce, open_run
-
-Terms = dict[str, Tensor]  # further scalars of an objective, logged under their names
-# (logits (B, classes), targets (B,), Z) -> (loss, terms); a module if it learns or counts something
-Objective = Callable[[Tensor, Tensor, Z], tuple[Tensor, Terms]]
-
-
-@runtime_checkable
-class Adaptive(Protocol):
-    """An objective that follows the search and has columns of metrics.jsonl of its own."""
-
-    def after_step(self) -> None:
-        """Called after every update."""
-
-    def after_epoch(self) -> None:
-        """Called after an epoch's training, before its evaluation; may change alpha."""
-
-    def report(self) -> dict[str, Any]:
-        """The columns, at the end of an epoch."""
-
-    def summary(self, row: Mapping[str, Any]) -> str:
-        """What people want to know of them, in a line."""
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, Terms]:
-    """The plain objective of main.py: mean cross-entropy in nats; the architecture costs nothing."""
-    return F.cross_entropy(logits.float(), targets), {}
-
 
 # (network, info, opt) -> the objective; the loop knows none by name
 MakeObjective = Callable[[Network, DataInfo, TrainOptions], Objective]
@@ -68,7 +41,7 @@ class Learner:
 
     def parts(self) -> dict[str, Stateful]:
         """All of it that has a state, by name, for the checkpoint."""
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
+        return {name: part for name, part in vars(self).items() if part.state_dict()}
 
 
 def build(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> Learner:
@@ -123,8 +96,7 @@ def search_step(
         logits = learner.network(images, z)
     loss, terms = learner.objective(logits, targets, z)
     loop.update(loss, [(learner.theta_optimizer, opt.grad_clip), (learner.alpha_optimizer, opt.arch_grad_clip)])
-    if isinstance(learner.objective, Adaptive):
-        learner.objective.after_step()
+    learner.objective.after_step()
     return logits, loss, terms
 
 
@@ -156,8 +128,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     run = open_run(opt, "weights")
     learner = build(opt, run.data.info, make_objective)
     learner.network.to(run.device)
-    if isinstance(learner.objective, nn.Module):
-        learner.objective.to(run.device)
+    learner.objective.to(run.device)
     run.restore(learner.parts())
     announce(run, supernet_cost(opt, run.data.info))
     if opt.compile:
@@ -181,12 +152,9 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
 def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     start = time.perf_counter()
     row = _train_epoch(run, learner, epoch)
-    if isinstance(learner.objective, Adaptive):
-        learner.objective.after_epoch()
+    learner.objective.after_epoch()
     row |= _evaluate_epoch(run, learner, epoch, row["temperature"])
-    if isinstance(learner.objective, Adaptive):
-        row |= learner.objective.report()
-    return row | {"epoch_seconds": time.perf_counter() - start}
+    return row | learner.objective.report() | {"epoch_seconds": time.perf_counter() - start}
 
 
 def _train_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
@@ -237,11 +205,11 @@ def evaluate_z(run: Run, network: Network, z: Z, epoch: int, split: str = "valid
 
 def summarise(row: Mapping[str, Any], objective: Objective) -> str:
     """One epoch for people."""
-    more = f"\n           {objective.summary(row)}" if isinstance(objective, Adaptive) else ""
+    more = objective.summary(row)
     return (
         f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  train {row['train_acc']:5.2f} %  "
         f"valid {row['valid_acc']:5.2f} %  child {row['child_valid_acc']:5.2f} % "
         f"(balanced {row['child_valid_balanced_acc']:5.2f} %)  "
         f"entropy {row['entropy_normal']:.2f} + {row['entropy_reduce']:.2f}  T {row['temperature']:.3f}  "
-        f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s{more}"
+        f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s" + (f"\n           {more}" if more else "")
     )

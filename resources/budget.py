@@ -5,6 +5,7 @@ gradient in alpha is had in three ways, all with credit per edge.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,31 @@ import torch.nn.functional as F
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from resources import cost
-from resources.cost import Table
+from loading.batches import DataInfo
+from model_search import Network
+from objective import Objective, Terms
+from options import UserError
+from options.constraint_option import LEVELS, ConstraintOptions
+from options.default_option import TrainOptions
+from resources import cost, latency
+from resources.cost import Deployed, Table
 from sampling import Z
 
-Alphas = list[nn.Parameter]
+Alphas = Sequence[nn.Parameter]  # normal, reduce: each (E, O)
 
 GAIN = 4.0  # eta for an excess as large as what the average architecture costs
 USE = 0.95  # of a budget, where a child that exceeds it has to change
 RAMP = 0.5  # part of the run in which the budget falls to its value
 
 
+def _rows(z: Sequence[Tensor]) -> Tensor:
+    """Both cells' rows as a Table has them, (2 E, O); the mean over cells that drew their own."""
+    return torch.cat([draw.flatten(0, -3).mean(0) if draw.dim() > 2 else draw for draw in z])
+
+
 def expected(table: Table, alphas: Alphas) -> Tensor:
     """E[C] = fixed + sum_ek softmax(alpha_e)_k C_ek."""
-    parts = zip(alphas, (table.normal, table.reduce), strict=True)
-    return table.fixed + torch.stack([(F.softmax(alpha, -1) * costs).sum() for alpha, costs in parts]).sum()
+    return table.fixed + (F.softmax(_rows(alphas), -1) * table.costs).sum()
 
 
 def expectation(table: Table, alphas: Alphas, z: Z) -> Tensor:
@@ -40,8 +51,7 @@ def reparametrization(table: Table, alphas: Alphas, z: Z) -> Tensor:
 
     Its gradient is that of E[C] under the Concrete distribution, which tends to the exact one as T falls to 0.
     """
-    parts = zip(z, (table.normal, table.reduce), strict=True)
-    return table.fixed + torch.stack([_mean(draw * costs) for draw, costs in parts]).sum()
+    return table.fixed + (_rows(z) * table.costs).sum()
 
 
 def policy_gradient(table: Table, alphas: Alphas, z: Z) -> Tensor:
@@ -50,20 +60,12 @@ def policy_gradient(table: Table, alphas: Alphas, z: Z) -> Tensor:
     argmax_k Z_ek is distributed as softmax(alpha_e) (the Gumbel-max trick), so that
     sum_e (C_e(k) - b_e) grad log softmax(alpha_e)_k is an unbiased estimate, with the baseline b_e = E[C_e].
     """
-    total = torch.zeros((), device=alphas[0].device)
-    for draw, alpha, costs in zip(z, alphas, (table.normal, table.reduce), strict=True):
-        chosen = F.one_hot(draw.detach().argmax(-1), alpha.shape[-1]).to(alpha.dtype)  # ([cells,] E, O)
-        log_p = F.log_softmax(alpha, -1)  # (E, O)
-        value = (chosen * costs).sum(-1, keepdim=True)  # ([cells,] E, 1)
-        baseline = (log_p.detach().exp() * costs).sum(-1, keepdim=True)  # (E, 1)
-        score = (value - baseline) * chosen * log_p
-        total = total + _mean(chosen * costs) + _mean(score) - _mean(score).detach()
-    return table.fixed + total
-
-
-def _mean(values: Tensor) -> Tensor:
-    """The sum over edges and operations, the mean over cells that drew their own."""
-    return values.sum((-2, -1)).mean()
+    ops = table.costs.shape[-1]
+    chosen = _rows([F.one_hot(draw.detach().argmax(-1), ops).to(table.costs.dtype) for draw in z])  # (2 E, O)
+    log_p = F.log_softmax(_rows(alphas), -1)  # (2 E, O)
+    baseline = (log_p.detach().exp() * table.costs).sum(-1, keepdim=True)  # (2 E, 1)
+    score = (chosen * (table.costs - baseline) * log_p).sum()
+    return table.fixed + (chosen * table.costs).sum() + score - score.detach()
 
 
 ESTIMATORS: Mapping[str, Callable[[Table, Alphas, Z], Tensor]] = {
@@ -75,8 +77,7 @@ ESTIMATORS: Mapping[str, Callable[[Table, Alphas, Z], Tensor]] = {
 
 def child_cost(table: Table, alphas: Alphas) -> Tensor:
     """The cost of the child that alpha stands for: the argmax of every edge."""
-    parts = zip(alphas, (table.normal, table.reduce), strict=True)
-    return table.fixed + torch.stack([costs.gather(-1, a.argmax(-1, keepdim=True)).sum() for a, costs in parts]).sum()
+    return table.fixed + table.costs.gather(-1, _rows(alphas).argmax(-1, keepdim=True)).sum()
 
 
 @torch.no_grad()
@@ -93,14 +94,14 @@ def project(alphas: Alphas, bounds: Sequence[tuple[Table, float]], least: float 
     """
     if all(child_cost(table, alphas) <= budget for table, budget in bounds):
         return
-    log_p = torch.cat([F.log_softmax(alpha, -1) for alpha in alphas]).cpu().double()  # (2 E, O)
+    log_p = F.log_softmax(_rows(alphas), -1).cpu().double()  # (2 E, O)
     edges, ops = log_p.shape
     one_each = LinearConstraint(np.kron(np.eye(edges), np.ones(ops)), 1, 1)
     for share in (least, 0.0) if least and len(bounds) == 1 else (0.0,):
         rules = [one_each]
         for table, budget in bounds:
-            costs = torch.cat([table.normal, table.reduce]).cpu().double().flatten().numpy()[None] / budget
-            fixed = table.fixed / budget
+            costs = table.costs.cpu().double().flatten().numpy()[None] / budget
+            fixed = float(table.fixed) / budget
             rules.append(LinearConstraint(costs, share - fixed if share else -np.inf, 1 - fixed))
         found = milp(
             -log_p.flatten().numpy(),
@@ -122,8 +123,8 @@ def project(alphas: Alphas, bounds: Sequence[tuple[Table, float]], least: float 
         alpha.scatter_(-1, top, low).scatter_(-1, wanted, high)
 
 
-class Constrained(nn.Module):
-    """Cross-entropy + sum over measures of eta_m times a penalty: an objective of search.run_search.
+class Constrained(Objective):
+    """Cross-entropy + sum over measures of eta_m times a penalty.
 
     The penalty is (C - fixed) / U, U the same of the uniform architecture: 1 means as dear as the average of all
     operations, in every measure and for every size of network; or log2(1 + that), which is 1 there too.
@@ -148,8 +149,11 @@ class Constrained(nn.Module):
         logarithmic: the penalty's form.
     """
 
-    eta: Tensor
-    step: Tensor
+    fixed: Tensor  # (M,), a row for every measure
+    costs: Tensor  # (M, 2 E, O)
+    budgets: Tensor  # (M,), inf where there is none
+    eta: Tensor  # (M,)
+    step: Tensor  # ()
 
     def __init__(
         self,
@@ -162,86 +166,151 @@ class Constrained(nn.Module):
         logarithmic: bool = False,
     ) -> None:
         super().__init__()
-        self.alphas, self.budgets, self.steps = alphas, dict(budgets), steps
+        self.alphas, self.steps, self.measures = alphas, steps, list(tables)
         self.estimate, self.logarithmic = ESTIMATORS[estimator], logarithmic
-        self._free = eta == 0.0
-        self._set_tables(tables)
-        self.register_buffer("eta", torch.tensor([0.0 if measure in budgets else eta for measure in tables]))
+        self.bounded = [measure in budgets for measure in tables]
+        # eta = 0 without a budget is main.py, bit for bit
+        self.priced = [bounded or eta != 0.0 for bounded in self.bounded]
+        # Buffers, since measured latencies would not be the same when a run resumes
+        self.register_buffer("costs", torch.stack([table.costs for table in tables.values()]))
+        self.register_buffer("fixed", self.costs.new_tensor([float(table.fixed) for table in tables.values()]))
+        self.register_buffer("budgets", self.costs.new_tensor([budgets.get(measure, inf) for measure in tables]))
+        self.register_buffer("eta", torch.tensor([0.0 if bounded else eta for bounded in self.bounded]))
         self.register_buffer("step", torch.zeros(()))
+        self.register_load_state_dict_pre_hook(_from_tables)
 
-    def _set_tables(self, tables: Mapping[str, Table]) -> None:
-        self._tables, self._uniform = dict(tables), {measure: table.uniform() for measure, table in tables.items()}
+    def table(self, index: int) -> Table:
+        """Of a measure."""
+        return Table(self.fixed[index], self.costs[index])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Constrained":
-        super()._apply(fn, recurse)
-        self._tables = {m: Table(t.fixed, fn(t.normal), fn(t.reduce)) for m, t in self._tables.items()}
-        return self
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Tables and budgets: measured latencies would not be the same when a run resumes."""
-        tables = {m: {"fixed": t.fixed, "normal": t.normal, "reduce": t.reduce} for m, t in self._tables.items()}
-        return {"tables": tables, "budgets": dict(self.budgets)}
-
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take those of the checkpoint."""
-        device, self.budgets = self.eta.device, dict(state["budgets"])
-        self._set_tables(
-            {m: Table(t["fixed"], t["normal"].to(device), t["reduce"].to(device)) for m, t in state["tables"].items()}
-        )
-
-    def forward(self, logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, dict[str, Tensor]]:
-        """See search.Objective."""
-        loss = F.cross_entropy(logits.float(), targets)
-        for index, (measure, table) in enumerate(self._tables.items()):
-            if measure not in self.budgets and self._free:
-                continue  # eta = 0 is main.py, bit for bit
-            penalty = (self.estimate(table, self.alphas(), z) - table.fixed) / self._uniform[measure]
-            if self.logarithmic:
-                penalty = torch.log2(1 + penalty)
-            loss = loss + self.eta[index] * penalty
-        return loss, {}
+    def forward(self, logits: Tensor, targets: Tensor, z: Z) -> tuple[Tensor, Terms]:
+        """See Objective."""
+        loss, terms = super().forward(logits, targets, z)
+        for index, priced in enumerate(self.priced):
+            if priced:
+                table = self.table(index)
+                penalty = (self.estimate(table, self.alphas(), z) - table.fixed) / table.uniform()
+                loss = loss + self.eta[index] * (torch.log2(1 + penalty) if self.logarithmic else penalty)
+        return loss, terms
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Set the multipliers; nothing waits for the device."""
         self.step += 1
         alphas = self.alphas()
-        for index, (measure, table) in enumerate(self._tables.items()):
-            if measure not in self.budgets:
-                continue
-            budget = self.budgets[measure]
-            start = max(budget, table.fixed + self._uniform[measure])
-            limit = start + (budget - start) * (self.step / (RAMP * self.steps)).clamp_max(1)
-            least = torch.minimum(expected(table, alphas), child_cost(table, alphas))
-            self.eta[index] = (GAIN * (least - limit) / self._uniform[measure]).clamp_min(0)
+        for index, bounded in enumerate(self.bounded):
+            if bounded:
+                table, budget = self.table(index), self.budgets[index]
+                start = torch.maximum(budget, table.fixed + table.uniform())
+                limit = start + (budget - start) * (self.step / (RAMP * self.steps)).clamp_max(1)
+                least = torch.minimum(expected(table, alphas), child_cost(table, alphas))
+                self.eta[index] = (GAIN * (least - limit) / table.uniform()).clamp_min(0)
 
     @torch.no_grad()
     def after_epoch(self) -> None:
         """Project alpha onto the architectures within the budgets, after the first RAMP of the run."""
-        bounds = [(self._tables[measure], budget) for measure, budget in self.budgets.items()]
+        bounds = [(self.table(i), self.budgets[i].item()) for i, bounded in enumerate(self.bounded) if bounded]
         if self.step.item() >= RAMP * self.steps:
             project(self.alphas(), bounds, USE)
 
     @torch.no_grad()
     def report(self) -> dict[str, Any]:
-        """The columns of metrics.jsonl: expected cost, the child's, the budget, eta, per measure."""
+        """Expected cost, the child's, the budget, eta, per measure."""
         row: dict[str, Any] = {}
         alphas = self.alphas()
-        for index, (measure, table) in enumerate(self._tables.items()):
+        for index, measure in enumerate(self.measures):
+            table = self.table(index)
             row[f"cost_{measure}"] = expected(table, alphas).item()
             row[f"child_{measure}"] = child_cost(table, alphas).item()
-            if measure in self.budgets:
-                row[f"budget_{measure}"] = self.budgets[measure]
+            if self.bounded[index]:
+                row[f"budget_{measure}"] = self.budgets[index].item()
             row[f"eta_{measure}"] = self.eta[index].item()
         return row | {"eta": self.eta.sum().item()}
 
     def summary(self, row: Mapping[str, Any]) -> str:
-        """How far from the budget, for the line of an epoch."""
+        """How far from the budget."""
         parts = []
-        for measure in self._tables:
+        for measure in self.measures:
             child, eta = row[f"child_{measure}"], row[f"eta_{measure}"]
             text = f"{measure} {cost.show(child)} (expected {cost.show(row[f'cost_{measure}'])}"
-            if measure in self.budgets:
-                text += f"; {100 * (child / self.budgets[measure] - 1):+.1f} % of the budget"
+            if f"budget_{measure}" in row:
+                text += f"; {100 * (child / row[f'budget_{measure}'] - 1):+.1f} % of the budget"
             parts.append(f"{text}), eta {eta:.3f}")
         return "  ".join(parts)
+
+
+def _from_tables(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Checkpoints of earlier versions have tables by measure and cell instead of the buffers."""
+    stored = state.pop("_extra_state", None)
+    if stored is not None:
+        tables = stored["tables"].values()
+        state["costs"] = torch.stack([torch.cat([t["normal"], t["reduce"]]) for t in tables])
+        state["fixed"] = state["costs"].new_tensor([t["fixed"] for t in tables])
+        state["budgets"] = state["costs"].new_tensor([stored["budgets"].get(m, inf) for m in stored["tables"]])
+
+
+def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Constrained:
+    """The objective of the options.
+
+    Raises:
+        UserError: a budget that no architecture meets, or that all do.
+    """
+    assert isinstance(opt, ConstraintOptions)
+    tables = cost.tables(opt.space, opt.nodes, deployed(info, opt))
+    by_measure = opt.level != "none" or not opt.targets()  # --measure is about something
+    if opt.target_latency_ms is not None or (by_measure and opt.measure == "latency_ms"):
+        tables["latency_ms"] = _latencies(info, opt)
+    budgets = find_budgets(opt, tables)
+    measures = list(budgets) or [opt.measure]
+    steps = opt.epochs * max(1, sum(info.counts["train"]) // opt.batch_size)
+    return Constrained(
+        network.alphas,
+        {measure: tables[measure] for measure in measures},
+        budgets,
+        opt.eta,
+        steps,
+        opt.estimator,
+        opt.penalty == "log",
+    )
+
+
+def _latencies(info: DataInfo, opt: ConstraintOptions) -> Table:
+    """Measured on this machine, or found in cache_dir; with a note where the sum over operations says too little."""
+    found = latency.find(opt.space, opt.nodes, deployed(info, opt), opt.cache_dir)
+    print(f"latency  {found.summary()}")
+    if found.correlation < 0.7:
+        print("note: that is a poor prediction; measure again on a quiet machine (remove latency-*.json in cache_dir)")
+    return found.table(opt.space, opt.nodes, deployed(info, opt))
+
+
+def deployed(info: DataInfo, opt: ConstraintOptions) -> Deployed:
+    """The child's network, of which the budget speaks."""
+    height, width = info.image_size
+    if opt.child_image_size:
+        height = width = opt.child_image_size
+    return Deployed(
+        opt.child_init_channels or opt.init_channels,
+        opt.child_layers or opt.layers,
+        (height, width),
+        len(info.classes),
+        info.channels,
+    )
+
+
+def find_budgets(opt: ConstraintOptions, tables: dict[str, Table]) -> dict[str, float]:
+    """The budgets of the options by measure, each within reach."""
+    budgets = dict(opt.targets())
+    for measure, budget in budgets.items():
+        low, high = tables[measure].range()
+        if not low <= budget < high:
+            what = "below the cheapest" if budget < low else "not below the dearest"
+            raise UserError(
+                f"--target_{measure} {cost.show(budget)} is {what} architecture of this size; children here have "
+                f"{cost.show(low)} to {cost.show(high)}, "
+                f"{cost.show(float(tables[measure].fixed + tables[measure].uniform()))} on average; "
+                "--child_init_channels and --child_layers change that"
+            )
+    if opt.level != "none":
+        table = tables[opt.measure]
+        budgets[opt.measure] = float(table.fixed + LEVELS[opt.level] * table.uniform())
+    return budgets

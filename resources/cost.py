@@ -211,20 +211,18 @@ def supernet_cost(space: str, nodes: int, deployed: Deployed) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Table:
-    """The cost of every choice in one measure: that of an architecture Z is fixed + sum Z * (normal, reduce)."""
+    """The cost of every choice in one measure: that of an architecture Z is fixed + sum Z * costs."""
 
-    fixed: float
-    normal: Tensor  # (E, O) float32, over all normal cells
-    reduce: Tensor  # (E, O)
+    fixed: float | Tensor
+    costs: Tensor  # (2 E, O) float32: each edge of the normal cells, over all of them, then of the reduction cells
 
     def range(self) -> tuple[float, float]:
         """The cheapest and the dearest architecture."""
-        both = torch.cat([self.normal, self.reduce])
-        return self.fixed + both.amin(-1).sum().item(), self.fixed + both.amax(-1).sum().item()
+        return float(self.fixed + self.costs.amin(-1).sum()), float(self.fixed + self.costs.amax(-1).sum())
 
-    def uniform(self) -> float:
-        """What all operations cost on average, without the fixed part."""
-        return torch.cat([self.normal, self.reduce]).mean(-1).sum().item()
+    def uniform(self) -> Tensor:
+        """What all operations cost on average, without the fixed part; a scalar."""
+        return self.costs.mean(-1).sum()
 
 
 def table(
@@ -237,13 +235,13 @@ def table(
         price: (cell, size of the input, op, stride) -> what the operation costs there.
     """
     edges = edge_list(nodes)
-    parts = [torch.zeros(len(edges), len(SPACES[space])) for _ in range(2)]
+    costs = torch.zeros(2, len(edges), len(SPACES[space]))
     for plan, _, last in deployed.places((nodes, nodes)):
         for e, (_, source) in enumerate(edges):
             size, stride = edge_place(plan, last, source)
             for o, op in enumerate(SPACES[space]):
-                parts[plan.reduction][e, o] += price(plan, size, op, stride)
-    return Table(fixed, *parts)
+                costs[int(plan.reduction), e, o] += price(plan, size, op, stride)
+    return Table(fixed, costs.flatten(0, 1))
 
 
 def tables(space: str, nodes: int, deployed: Deployed) -> dict[str, Table]:

@@ -68,7 +68,7 @@ def test_a_batch_a_sample_and_a_loss_stay_on_the_device(drop: float, pretended: 
     images, targets = pretended._batch(torch.arange(4), CUDA)
     z = network.sample(1.0)
     assert images.device == targets.device == z.normal.device == CUDA
-    loss, _ = search.cross_entropy(network(images, z), targets, z)
+    loss, _ = search.Objective()(network(images, z), targets, z)
     assert loss.device == CUDA and loss.requires_grad
 
 

@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint(ar
         nonlocal calls
         calls += 1
         after = 3  # the first epoch
-        loss, terms = search.cross_entropy(logits, targets, z)
+        loss, terms = search.Objective()(logits, targets, z)
         return (loss * float("nan") if calls > after else loss), terms
 
     import options
@@ -195,7 +195,7 @@ def test_one_step_moves_theta_and_alpha_by_sgd_and_adam_with_clipped_gradients(a
 
     opt = options.parse(TrainOptions, [*arguments, "--grad_clip=0.1", "--arch_grad_clip=0.001"], "main.py", "")
     run = open_run(opt, "weights")
-    learner = search.build(opt, run.data.info, lambda *_: search.cross_entropy)
+    learner = search.build(opt, run.data.info, lambda *_: search.Objective())
     before = copy.deepcopy(learner.network)
     images, targets = next(run.data.train_batches(8, 1, run.device))
     seed = torch.Generator().manual_seed(1)

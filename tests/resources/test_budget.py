@@ -15,7 +15,7 @@ DEPLOYED = cost.Deployed(4, 3, (8, 8), 3)
 
 def small_table(edges: int = 2, ops: int = 3) -> Table:
     source = torch.Generator().manual_seed(0)
-    return Table(10.0, *(torch.rand(edges, ops, generator=source, dtype=torch.float64) * 9 for _ in range(2)))
+    return Table(10.0, torch.rand(2 * edges, ops, generator=source, dtype=torch.float64) * 9)
 
 
 def small_alphas(edges: int = 2, ops: int = 3) -> list[nn.Parameter]:
@@ -25,7 +25,7 @@ def small_alphas(edges: int = 2, ops: int = 3) -> list[nn.Parameter]:
 
 def enumerated(table: Table, alphas: list[nn.Parameter]) -> Tensor:
     """E[C] as the sum over all architectures of probability times cost."""
-    rows = [(a.softmax(-1)[e], c[e]) for a, c in zip(alphas, (table.normal, table.reduce), strict=True) for e in (0, 1)]
+    rows = [*zip([p for a in alphas for p in a.softmax(-1)], table.costs, strict=True)]
     total = torch.zeros((), dtype=torch.float64)
     for choice in itertools.product(range(3), repeat=len(rows)):
         probability, price = torch.ones((), dtype=torch.float64), table.fixed
@@ -75,7 +75,9 @@ def test_the_relaxed_estimator_is_biased_by_the_temperature_alone() -> None:
 
 def test_the_baseline_lowers_the_variance_of_the_score_function() -> None:
     table = small_table()
-    dear = Table(table.fixed, table.normal + 100, table.reduce)  # a constant changes no gradient, but its estimate
+    dear = Table(
+        table.fixed, table.costs + torch.tensor([[100.0], [100.0], [0.0], [0.0]])
+    )  # a constant changes no gradient, but its estimate
     alphas, source = small_alphas(), torch.Generator().manual_seed(3)
     for _ in range(20):
         z = Z(*(concrete_sample(a, 1.0, source) for a in alphas))
@@ -89,8 +91,7 @@ def test_policy_gradient_has_no_gradient_through_z_and_prices_its_choice() -> No
     value = budget.policy_gradient(table, alphas, z)
     assert torch.autograd.grad(value, z, allow_unused=True, retain_graph=True) == (None, None)
     chosen = sum(
-        c.gather(-1, part.argmax(-1, keepdim=True)).sum()
-        for part, c in zip(z, (table.normal, table.reduce), strict=True)
+        c.gather(-1, part.argmax(-1, keepdim=True)).sum() for part, c in zip(z, table.costs.chunk(2), strict=True)
     )
     assert torch.allclose(value, table.fixed + chosen)
 
@@ -134,14 +135,14 @@ def test_the_gradient_of_the_penalty_moves_alpha_away_from_what_is_dear(name: st
 
 def child_and_expected(objective: Constrained) -> tuple[float, float]:
     row = objective.report()
-    fixed = objective._tables["params"].fixed
+    fixed = objective.fixed.item()
     return row["child_params"] - fixed, row["cost_params"] - fixed
 
 
 def test_a_finite_difference_of_the_loss_agrees_with_its_gradient() -> None:
     alphas = [nn.Parameter(torch.randn(14, 8, dtype=torch.float64)) for _ in range(2)]
     table = cost.tables("snas", 4, DEPLOYED)["flops"]
-    table = Table(table.fixed, table.normal.double(), table.reduce.double())
+    table = Table(table.fixed, table.costs.double())
     objective = Constrained(lambda: alphas, {"flops": table}, {}, 0.7, logarithmic=True)
     z, logits = Z(*(a.detach() for a in alphas)), torch.zeros(2, 3, dtype=torch.float64)
 
@@ -169,7 +170,7 @@ def followed(budget_of_average: float, steps: int, shift: Tensor | None = None) 
             network.alpha_normal += shift
             network.alpha_reduce += shift
     tables = {"params": cost.tables("snas", 4, DEPLOYED)["params"]}
-    average = tables["params"].fixed + tables["params"].uniform()
+    average = float(tables["params"].fixed + tables["params"].uniform())
     objective, etas = Constrained(network.alphas, tables, {"params": budget_of_average * average}, 0.0, 10), []
     for _ in range(steps):
         objective.after_step()
@@ -180,10 +181,10 @@ def followed(budget_of_average: float, steps: int, shift: Tensor | None = None) 
 def test_the_multiplier_starts_gently_and_rises_above_the_budget() -> None:
     """By hand: the budget falls from the average to half of it in 5 of 10 steps; eta follows E[C] or the child."""
     objective, etas = followed(0.5, 10)
-    table, row = objective._tables["params"], objective.report()
-    average, least = table.fixed + table.uniform(), min(row["cost_params"], row["child_params"])
+    table, row = objective.table(0), objective.report()
+    average, least = float(table.fixed + table.uniform()), min(row["cost_params"], row["child_params"])
     limits = [average * (1 - 0.5 * min(1, step / 5)) for step in range(1, 11)]
-    wanted = [budget.GAIN * max(0, least - limit) / table.uniform() for limit in limits]
+    wanted = [budget.GAIN * max(0, least - limit) / table.uniform().item() for limit in limits]
     assert etas == pytest.approx(wanted, rel=1e-3) and etas[0] < etas[-1] > 1
 
 
@@ -198,9 +199,19 @@ def test_the_multiplier_is_zero_below_the_budget_and_resumes_on_its_way() -> Non
     assert torch.equal(again.eta, whole.eta) and again.eta > parts.eta
 
 
+def test_checkpoints_of_earlier_versions_are_read() -> None:
+    whole, again = followed(0.5, 5)[0], followed(0.5, 0)[0]
+    normal, reduce = (part * 2 for part in whole.costs[0].chunk(2))
+    tables = {"params": {"fixed": 7.0, "normal": normal, "reduce": reduce}}
+    stored = {"tables": tables, "budgets": {"params": 5e3}}
+    again.load_state_dict({"eta": whole.eta, "step": whole.step, "_extra_state": stored})
+    assert torch.equal(again.costs, 2 * whole.costs) and again.fixed.item() == 7 and again.budgets.item() == 5e3
+    assert torch.equal(again.eta, whole.eta)
+
+
 def brute_force(table: Table, alphas: list[nn.Parameter], limit: float, least: float) -> list[int]:
     """The likeliest architecture within a limit that uses `least` of it, by looking at all."""
-    log_p, costs = torch.cat([a.detach().log_softmax(-1) for a in alphas]), torch.cat([table.normal, table.reduce])
+    log_p, costs = torch.cat([a.detach().log_softmax(-1) for a in alphas]), table.costs
     rows = range(len(log_p))
 
     def cost_of(choice: tuple[int, ...]) -> float:
@@ -249,7 +260,7 @@ def test_alpha_is_projected_in_the_second_half_only() -> None:
 
 
 def test_the_projection_decides_a_tie() -> None:
-    table = Table(0.0, torch.tensor([[5.0, 1.0]]), torch.tensor([[0.0, 0.0]]))
+    table = Table(0.0, torch.tensor([[5.0, 1.0], [0.0, 0.0]]))
     alphas = [nn.Parameter(torch.zeros(1, 2)) for _ in range(2)]
     budget.project(alphas, [(table, 2.0)])
     assert child_cost(table, alphas) == 1

@@ -111,7 +111,7 @@ def test_a_table_prices_every_architecture(space: str) -> None:
         z = network.one_hot(genotype)
         for measure, wanted in cost.cost(genotype, **how).items():
             table = tables[measure]
-            got = table.fixed + (z.normal * table.normal).sum() + (z.reduce * table.reduce).sum()
+            got = table.fixed + (torch.cat(z) * table.costs).sum()
             assert got.item() == pytest.approx(wanted, rel=1e-6)
             assert table.range()[0] <= wanted <= table.range()[1]
     for table in tables.values():
