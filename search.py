@@ -149,7 +149,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     return Found(run.folder, genotype, row, pictures)
 
 
-def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
+def _one_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[str, Any]:
     start = time.perf_counter()
     row = _train_epoch(run, learner, epoch)
     learner.objective.after_epoch()
@@ -157,13 +157,12 @@ def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     return row | learner.objective.report() | {"epoch_seconds": time.perf_counter() - start}
 
 
-def _train_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
-    opt: TrainOptions = run.opt  # type: ignore[assignment]
+def _train_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[str, Any]:
+    opt = run.opt
     network = learner.network.train()
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
-        noise = utils.generator(run.device, opt.seed, "z", number)
-        z = network.sample(temperature(opt, epoch, number), noise, opt.resample_cell)
+        z = network.sample(temperature(opt, epoch, number), run.generator("z", number), opt.resample_cell)
         return search_step(learner, images, targets, z, opt, loop.autocast(run))
 
     last = epoch * run.data.steps(opt.batch_size) - 1
@@ -176,12 +175,12 @@ def _train_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _evaluate_epoch(run: Run, learner: Learner, epoch: int, heat: float) -> dict[str, Any]:
+def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, heat: float) -> dict[str, Any]:
     """A fresh Z and the argmax child on the validation split, each with its own batch-norm statistics."""
-    opt: TrainOptions = run.opt  # type: ignore[assignment]
+    opt = run.opt
     network = learner.network
     child = network.one_hot(network.genotype())
-    fresh = network.sample(heat, utils.generator(run.device, opt.seed, "valid", epoch), opt.resample_cell)
+    fresh = network.sample(heat, run.generator("valid", epoch), opt.resample_cell)
     row: dict[str, Any] = {}
     for prefix, z in (("valid", fresh), ("child_valid", child)):
         figures = evaluate_z(run, network, z, epoch)
@@ -190,14 +189,14 @@ def _evaluate_epoch(run: Run, learner: Learner, epoch: int, heat: float) -> dict
     return row
 
 
-def evaluate_z(run: Run, network: Network, z: Z, epoch: int, split: str = "valid") -> loop.Figures:
+def evaluate_z(run: Run[TrainOptions], network: Network, z: Z, epoch: int, split: str = "valid") -> loop.Figures:
     """The supernet at one Z on a split, with batch-norm statistics estimated for this Z on training images."""
-    opt: TrainOptions = run.opt  # type: ignore[assignment]
 
     def forward(images: Tensor) -> Tensor:
         with loop.autocast(run):
             return network(images, z)
 
+    opt = run.opt
     batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, run.device)
     with loop.calibrated(network, forward, batches):
         return loop.evaluate(run, forward, split)

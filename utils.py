@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +46,45 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def processor() -> str:
-    """The name of this machine's processor, as far as it can be known."""
+def cpuinfo(*fields: str) -> list[str]:
+    """The lines of /proc/cpuinfo with one of these fields, each once; none where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return []
+    return sorted({line for line in lines if line.partition(":")[0].strip() in fields})
+
+
+def processor() -> str:
+    """The name of this machine's processor, as far as it can be known."""
+    names = [line.partition(":")[2].strip() for line in cpuinfo("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file of this process alone that takes the place of `path` at the end, or is gone if something was raised.
+
+    So a reader, a crash or another process never meets half of it. The folder is made if it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader or a crash never meets half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file through `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def cached(folder: str | Path, name: str, *what: object) -> Path:
+    """The file of a cache that stands for `what`, of which repr says everything: `name` with its key for {}."""
+    return Path(folder).expanduser() / name.format(hashlib.blake2b(repr(what).encode(), digest_size=12).hexdigest())
 
 
 class MetricLog:

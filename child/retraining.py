@@ -125,16 +125,16 @@ def _read_split(path: Path) -> dict[str, list[str]]:
         raise UserError(f"--split {path} is no split.json: it has the lists train, valid and test") from None
 
 
-def _check_test_images(run: Run) -> None:
+def _check_test_images(run: Run[ChildOptions]) -> None:
     if not len(run.data.indices["test"]):
         raise UserError("the split has no test images; give a --test_portion above 0")
 
 
-def _stored_genotype(run: Run) -> Genotype | None:
+def _stored_genotype(run: Run[ChildOptions]) -> Genotype | None:
     return Genotype.from_dict(run.loaded["extra"]["genotype"]) if run.loaded else None
 
 
-def _initial(run: Run, opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
+def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
     """The network before training: random, or with the weights of --init_from and statistics that suit them."""
     network = source.make_child(opt, genotype, run.data.info)
     if opt.init_from is not None and run.loaded is None:
@@ -150,8 +150,8 @@ def _initial(run: Run, opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
     return network.to(run.device)
 
 
-def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
-    opt: ChildOptions = run.opt  # type: ignore[assignment]
+def _one_epoch(run: Run[ChildOptions], learner: Learner, epoch: int) -> dict[str, Any]:
+    opt = run.opt
     network, start = learner.network.train(), time.perf_counter()
     network.drop_path_prob = opt.drop_path_prob * (epoch - 1) / max(1, opt.epochs - 1)
 
@@ -172,9 +172,9 @@ def _one_epoch(run: Run, learner: Learner, epoch: int) -> dict[str, Any]:
     return row | {"epoch_seconds": time.perf_counter() - start}
 
 
-def _loss(run: Run, network: ChildNetwork, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(run: Run[ChildOptions], network: ChildNetwork, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and cross-entropy plus that of the auxiliary head times its weight."""
-    opt: ChildOptions = run.opt  # type: ignore[assignment]
+    opt = run.opt
     with loop.autocast(run):
         logits, side = network(images)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=opt.label_smoothing)
@@ -194,7 +194,7 @@ def summarise(row: Mapping[str, Any]) -> str:
     )
 
 
-def test_figures(run: Run, network: ChildNetwork, genotype: Genotype) -> dict[str, Any]:
+def test_figures(run: Run[ChildOptions], network: ChildNetwork, genotype: Genotype) -> dict[str, Any]:
     """The content of test.json: what the network does on the test split, and what it costs.
 
     Accuracies in percent; ece is the expected calibration error over 15 bins, 0 to 1; confusion has a row per
@@ -203,7 +203,7 @@ def test_figures(run: Run, network: ChildNetwork, genotype: Genotype) -> dict[st
     from sklearn.metrics import confusion_matrix
     from torchmetrics.functional.classification import multiclass_calibration_error  # a slow import
 
-    opt: ChildOptions = run.opt  # type: ignore[assignment]
+    opt = run.opt
     info, network = run.data.info, network.eval()
     logits, labels = loop.predict(run, lambda images: network(images)[0], "test")
     confusion = confusion_matrix(labels, logits.argmax(1), labels=range(len(info.classes)))

@@ -6,19 +6,20 @@ the compiler, CXX names another one ("ccache c++" works).
 
 import ctypes
 import functools
-import hashlib
 import json
 import os
 import platform
 import shlex
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+import utils
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
@@ -38,11 +39,8 @@ def library() -> ctypes.CDLL | None:
     try:
         path = _path()
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-                made = Path(temporary) / path.name
+            with utils.replacing(path) as made:
                 _run([*_command(), str(SOURCE), "-o", str(made), *_openmp()])
-                os.replace(made, path)
         found = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["it says nothing"]
@@ -79,19 +77,10 @@ def _openmp() -> list[str]:
 @functools.cache
 def _path() -> Path:
     """Where the library is kept: its name stands for the source, the command, the processor and the versions."""
-    version = _run([*_compiler(), "--version"])
-    key = repr((SOURCE.read_bytes(), _command(), version, platform.machine(), _processor(), torch.__version__))
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "snas"
-    return folder / f"kernels-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.so"
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-    except OSError:
-        return platform.processor()
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "snas"
+    compiler = (_command(), _run([*_compiler(), "--version"]))
+    machine = (platform.machine(), utils.cpuinfo("flags", "Features", "model name"))  # what -march=native depends on
+    return utils.cached(folder, "kernels-{}.so", SOURCE.read_bytes(), *compiler, *machine, torch.__version__)
 
 
 def _keep_memory() -> None:
@@ -123,12 +112,8 @@ def speedups(contest: Callable[[], Contest]) -> dict[str, float]:
     except (OSError, ValueError, AttributeError, TypeError):
         pass
     found = {kind: _ratio(fused, plain) for kind, (fused, plain) in contest().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:  # a full or read-only cache: measured again at the next start
-        temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # a full or read-only cache: measured again at the next start
+        utils.write_atomic(path, json.dumps(found))
     return found
 
 

@@ -1,11 +1,9 @@
 """A folder of images, one subfolder per class, decoded once into a uint8 tensor (N, C, H, W)."""
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+import utils
 from options import UserError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm"}
@@ -102,10 +101,8 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
         UserError: unreadable files, or several sizes and no image_size.
     """
     stats = [os.stat(f"{folder.root}/{name}") for name in folder.files]
-    key = repr(
-        (_FORMAT, str(folder.root.resolve()), image_size, folder.files, [(s.st_size, s.st_mtime_ns) for s in stats])
-    )
-    path = cache_dir.expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npy"
+    dates = [(s.st_size, s.st_mtime_ns) for s in stats]
+    path = utils.cached(cache_dir, "{}.npy", _FORMAT, str(folder.root.resolve()), image_size, folder.files, dates)
     if path.exists():
         return _load(path)
     start = time.perf_counter()
@@ -119,7 +116,7 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
         *_one_size(folder, images, image_size),
     )
     if np.prod(shape) > max_ram_gb * 1e9:
-        with _replacing(path) as temporary:
+        with utils.replacing(path) as temporary:
             mapped = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
             _fill(mapped, images, folder, image_size)
             mapped.flush()
@@ -151,24 +148,12 @@ def _load(path: Path) -> Tensor:
 
 def _keep(path: Path, pixels: np.ndarray[Any, Any]) -> None:
     try:
-        with _replacing(path) as temporary, temporary.open("wb") as file:
+        with utils.replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, pixels)
     except OSError as error:
         print(f"warning: the decoded images cannot be kept in --cache_dir {path.parent}: {error.strerror}")
         return
     print(f"images   kept decoded in {path} ({pixels.nbytes / 1e6:,.0f} MB) for the next run")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` at the end, if nothing was raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fill(pixels: np.ndarray[Any, Any], images: list[_Read], folder: ImageFolder, image_size: int | None) -> None:

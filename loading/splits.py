@@ -1,6 +1,5 @@
 """Splits of a data set: stratified by class, seeded, groups of images kept whole."""
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -37,14 +36,12 @@ def make_split(
     if len(names) < _MANY:
         return _new_split(names, labels.numpy(), classes, opt, official_test)
     how = (opt.seed, opt.test_portion, opt.train_portion, opt.group_pattern, official_test)
-    key = repr((_FORMAT, how, names, labels.tolist()))
-    path = Path(opt.cache_dir).expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.json"
+    path = utils.cached(opt.cache_dir, "{}.json", _FORMAT, how, names, labels.tolist())
     if path.exists():
         stored: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
         return stored
     split = _new_split(names, labels.numpy(), classes, opt, official_test)
     with suppress(OSError):  # it can be made again
-        path.parent.mkdir(parents=True, exist_ok=True)
         utils.write_atomic(path, json.dumps(split))
     return split
 

@@ -102,7 +102,6 @@ def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | Path) -> L
     if found is None or found.scale <= 0:
         raise UserError("the latencies measured make no sense; measure again when nothing else runs on this machine")
     with suppress(OSError):  # it can be measured again
-        path.parent.mkdir(parents=True, exist_ok=True)
         utils.write_atomic(path, json.dumps({"of": what, "latencies": asdict(found)}, indent=1) + "\n")
     return found
 

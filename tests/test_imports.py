@@ -9,8 +9,10 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {"main", "main_constraint", "inspect_model", "retrain", "export_model"}
 # A module imports from the rows above its own, never from its own row or below.
 ROWS = [
-    {"genotypes", "options", "sampling", "fused"},
-    {"operations", "visualize", "utils", "objective"},
+    {"genotypes", "options", "sampling"},
+    {"utils", "visualize", "objective"},
+    {"fused"},
+    {"operations"},
     {"model_search", "model", "loading"},
     {"resources", "training"},
     {"search", "child"},

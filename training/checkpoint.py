@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import utils
 from options import UserError
 
 FORMAT = 1  # of the mapping in the file; a loader refuses others
@@ -14,12 +15,10 @@ FORMAT = 1  # of the mapping in the file; a loader refuses others
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that a crash leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with utils.replacing(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 Step = tuple[Tensor, Tensor, Mapping[str, Tensor]]  # logits (B, classes), loss, further scalars
 
 
-def autocast(run: Run) -> torch.autocast:
+def autocast(run: Run[Any]) -> torch.autocast:
     """The precision of the run as a context."""
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.opt.precision == "bf16")
 
@@ -54,7 +54,7 @@ def _evaluating() -> Iterator[None]:
 
 
 @_evaluating()
-def predict(run: Run, forward: Callable[[Tensor], Tensor], split: str) -> tuple[Tensor, Tensor]:
+def predict(run: Run[Any], forward: Callable[[Tensor], Tensor], split: str) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) float32 and labels (N,) of a whole split, not augmented, on the CPU."""
     logits, labels = [], []
     for images, targets in run.data.batches(split, run.opt.eval_batch_size, run.device):
@@ -74,7 +74,7 @@ def figures(logits: Tensor, labels: Tensor) -> Figures:
     return Figures(loss, 100 * float(accuracy_score(true, guessed)), 100 * float(balanced))
 
 
-def evaluate(run: Run, forward: Callable[[Tensor], Tensor], split: str) -> Figures:
+def evaluate(run: Run[Any], forward: Callable[[Tensor], Tensor], split: str) -> Figures:
     """Loss and accuracies of forward(images) -> logits over a whole split, not augmented."""
     return figures(*predict(run, forward, split))
 
@@ -163,7 +163,7 @@ _GUESS_AFTER = 4  # steps
 
 
 def train_epoch(
-    run: Run, epoch: int, step: Callable[[int, Tensor, Tensor], Step], evaluated: float = 0.0
+    run: Run[Any], epoch: int, step: Callable[[int, Tensor, Tensor], Step], evaluated: float = 0.0
 ) -> dict[str, Any]:
     """Every training batch of an epoch through `step`, with a bar; a guess of the run's duration after a few.
 
@@ -198,7 +198,7 @@ def train_epoch(
 
 
 def fit(
-    run: Run,
+    run: Run[Any],
     parts: Mapping[str, Stateful],
     one_epoch: Callable[[int], dict[str, Any]],
     summarise: Callable[[Mapping[str, Any]], str],

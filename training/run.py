@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -45,11 +45,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
+Options = TypeVar("Options", bound=RunOptions)
+
+
 @dataclass
-class Run:
+class Run(Generic[Options]):
     """A run in progress: its options, folder, device, data, and where it stands."""
 
-    opt: RunOptions
+    opt: Options
     stem: str  # checkpoints are STEM_epoch_N.pt
     folder: Path
     device: torch.device
@@ -62,6 +65,10 @@ class Run:
     def started(self) -> int:
         """The last finished epoch when this process began."""
         return int(self.loaded["epoch"]) if self.loaded is not None else 0
+
+    def generator(self, *labels: str | int) -> torch.Generator:
+        """Random numbers on the device for one purpose at one moment, e.g. run.generator("z", step)."""
+        return utils.generator(self.device, self.opt.seed, *labels)
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Put the loaded checkpoint, if any, into everything that learns."""
@@ -88,8 +95,8 @@ class Run:
 
 
 def open_run(
-    opt: RunOptions, stem: str, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
-) -> Run:
+    opt: Options, stem: str, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
+) -> Run[Options]:
     """Check the name, read the data, create the folder or find the checkpoint to resume from.
 
     Args:
@@ -144,7 +151,7 @@ def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path)
         )
 
 
-def check_finite(run: Run, name: str, value: float, epoch: int) -> None:
+def check_finite(run: Run[Any], name: str, value: float, epoch: int) -> None:
     """Stop the run where a figure is no number, before it is saved; raises UserError."""
     if not math.isfinite(value):
         good = checkpoint.path_of(run.folder, run.stem, run.epoch) if run.epoch else "none yet"
@@ -154,7 +161,7 @@ def check_finite(run: Run, name: str, value: float, epoch: int) -> None:
         )
 
 
-def announce(run: Run, costs: Mapping[str, int]) -> None:
+def announce(run: Run[Any], costs: Mapping[str, int]) -> None:
     """Say what is about to happen, before the first step.
 
     Args:
