@@ -58,6 +58,41 @@ SPACES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+
+class Op(NamedTuple):
+    """A candidate operation: what it is, and the side of its window in pixels."""
+
+    kind: str  # none, skip, max_pool, avg_pool, sep_conv, dil_conv, conv, or conv_pair (1 x k, then k x 1)
+    kernel: int = 1
+
+
+OPS: dict[str, Op] = {
+    NONE: Op("none"),
+    "skip_connect": Op("skip"),
+    "max_pool_3x3": Op("max_pool", 3),
+    "max_pool_5x5": Op("max_pool", 5),
+    "max_pool_7x7": Op("max_pool", 7),
+    "avg_pool_3x3": Op("avg_pool", 3),
+    "sep_conv_3x3": Op("sep_conv", 3),
+    "sep_conv_5x5": Op("sep_conv", 5),
+    "sep_conv_7x7": Op("sep_conv", 7),
+    "dil_conv_3x3": Op("dil_conv", 3),
+    "dil_conv_5x5": Op("dil_conv", 5),
+    "conv_1x1": Op("conv", 1),
+    "conv_3x3": Op("conv", 3),
+    "conv_3x1_1x3": Op("conv_pair", 3),
+    "conv_7x1_1x7": Op("conv_pair", 7),
+}
+
+
+def find_op(name: str) -> Op:
+    """The operation of a name of SPACES; raises ValueError for others."""
+    try:
+        return OPS[name]
+    except KeyError:
+        raise ValueError(f"no operation is called {name!r}") from None
+
+
 Node = tuple[tuple[str, int], ...]  # the (op, input) pairs of one node
 
 
@@ -93,6 +128,10 @@ class CellPlan(NamedTuple):
     inputs: tuple[int, int]  # channels of c_{k-2} and c_{k-1}
     after_reduction: bool  # c_{k-2} is twice the size of c_{k-1}
     output: int  # channels of the concatenated output
+
+    def stride(self, source: int) -> int:
+        """Of the operations on an edge from a state: 0 and 1 are the cell's inputs."""
+        return 2 if self.reduction and source < 2 else 1
 
 
 def cell_plan(

@@ -26,9 +26,7 @@ class ChildCell(nn.Module):
         self.reduction, self.concat = plan.reduction, tuple(concat)
         self.sources = [[source for _, source in node] for node in nodes]
         self.ops = nn.ModuleList(
-            make_op(op, plan.channels, 2 if plan.reduction and source < 2 else 1, affine)
-            for node in nodes
-            for op, source in node
+            make_op(op, plan.channels, plan.stride(source), affine) for node in nodes for op, source in node
         )
 
     def forward(self, before: Tensor, last: Tensor, drop: Tensor | None = None) -> Tensor:

@@ -77,7 +77,7 @@ class Cell(nn.Module):
         self.prepare1 = Conv(last, plan.channels, 1, 1, affine=False)
         self.nodes = nodes
         self.edges = nn.ModuleList(  # type: ignore[assignment]
-            MixedOp(space, plan.channels, 2 if plan.reduction and source < 2 else 1) for _, source in edge_list(nodes)
+            MixedOp(space, plan.channels, plan.stride(source)) for _, source in edge_list(nodes)
         )
 
     def forward(

@@ -9,6 +9,7 @@ last batch norm.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,24 @@ from torch import Tensor, nn
 from fused import build
 from fused import operation as kernels
 from fused.operation import Part
+from genotypes import find_op
 
-FIRST: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "identity": lambda x, stride: x,
-    "relu": lambda x, stride: F.relu(x),
-    "max_pool_3x3": lambda x, stride: F.max_pool2d(x, 3, stride, 1),
-    "max_pool_5x5": lambda x, stride: F.max_pool2d(x, 5, stride, 2),
-    "max_pool_7x7": lambda x, stride: F.max_pool2d(x, 7, stride, 3),
-    "avg_pool_3x3": lambda x, stride: F.avg_pool2d(x, 3, stride, 1, count_include_pad=False),
-}
+
+class First(NamedTuple):
+    """The stage of an operation without parameters; strides are those of pooling."""
+
+    kind: str  # identity, relu, max_pool or avg_pool
+    kernel: int = 1
+    stride: int = 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+        pad = self.kernel // 2
+        if self.kind == "max_pool":
+            return F.max_pool2d(x, self.kernel, self.stride, pad)
+        if self.kind == "avg_pool":
+            return F.avg_pool2d(x, self.kernel, self.stride, pad, count_include_pad=False)
+        return F.relu(x) if self.kind == "relu" else x
 
 
 class Norm(nn.BatchNorm2d):
@@ -110,23 +120,21 @@ class State:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self._stages: dict[tuple[str, int], Tensor] = {}
+        self._stages: dict[First, Tensor] = {}
 
-    def stage(self, first: str, stride: int) -> Tensor:
-        """FIRST[first] of x, computed once per kind and stride."""
-        # Strides belong to pooling; what comes before a strided convolution does not depend on them.
-        key = (first, stride if "pool" in first else 1)
-        if key not in self._stages:
-            self._stages[key] = FIRST[first](self.x, stride)
-        return self._stages[key]
+    def stage(self, first: First) -> Tensor:
+        """first(x), computed once."""
+        if first not in self._stages:
+            self._stages[first] = first(self.x)
+        return self._stages[first]
 
 
 class Operation(nn.Module):
     """Base of the operations; see the module's head."""
 
-    def __init__(self, first: str, stride: int) -> None:
+    def __init__(self, first: First) -> None:
         super().__init__()
-        self.first, self.stride = first, stride
+        self.first = first
 
     def parts(self) -> Sequence[Part]:
         """What the fused kernels do for it; nothing if they cannot."""
@@ -151,7 +159,7 @@ class Operation(nn.Module):
         parts = self.parts()
         if fused(state.x, parts):
             return apply_parts(state.x, parts, scale, total, keep)
-        y = state.stage(self.first, self.stride)
+        y = state.stage(self.first)
         if keep is None:
             return self.rest(y, scale, total)
         return add(total, self.rest(y, scale, None) * keep)
@@ -165,7 +173,7 @@ class Skip(Operation):
     """Identity."""
 
     def __init__(self) -> None:
-        super().__init__("identity", 1)
+        super().__init__(First("identity"))
 
     def parts(self) -> Sequence[Part]:
         return (Part(kernels.NOTHING),)
@@ -179,13 +187,13 @@ class Skip(Operation):
 class Pool(Operation):
     """Pooling with padding, then batch norm."""
 
-    def __init__(self, first: str, channels: int, stride: int, affine: bool) -> None:
-        super().__init__(first, stride)
+    def __init__(self, kind: str, kernel: int, channels: int, stride: int, affine: bool) -> None:
+        super().__init__(First(kind, kernel, stride))
         self.norm = Norm(channels, affine=affine)
-        self.kind = kernels.MAX if first.startswith("max") else kernels.MEAN
 
     def parts(self) -> Sequence[Part]:
-        return (Part(self.kind, int(self.first[-1]), self.stride, norm=self.norm),)
+        kind, kernel, stride = self.first
+        return (Part(kernels.MAX if kind == "max_pool" else kernels.MEAN, kernel, stride, norm=self.norm),)
 
     def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(y, scale, total)
@@ -211,7 +219,7 @@ class DilConv(Operation):
     """(ReLU, depthwise with dilation 2, pointwise, BN)."""
 
     def __init__(self, channels: int, kernel: int, stride: int, affine: bool, dilation: int = 2) -> None:
-        super().__init__("relu", stride)
+        super().__init__(First("relu"))
         self.depthwise = Depthwise(channels, kernel, stride, dilation)
         self.pointwise = _pointwise(channels, channels)
         self.norm = Norm(channels, affine=affine)
@@ -230,7 +238,7 @@ class SepConv(Operation):
     """(ReLU, depthwise, pointwise, BN) twice; the stride is the first depthwise's."""
 
     def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
-        super().__init__("relu", stride)
+        super().__init__(First("relu"))
         self.half1 = DilConv(channels, kernel, stride, affine, dilation=1)
         self.half2 = DilConv(channels, kernel, 1, affine, dilation=1)
 
@@ -245,12 +253,12 @@ class Conv(Operation):
     """(ReLU, k x k convolution, BN); also the 1 x 1 that prepares a cell's inputs."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, affine: bool) -> None:
-        super().__init__("relu", stride)
+        super().__init__(First("relu"))
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.norm = Norm(c_out, affine=affine)
 
     def parts(self) -> Sequence[Part]:
-        if self.conv.kernel_size != (1, 1) or self.stride != 1:
+        if self.conv.kernel_size != (1, 1) or self.conv.stride != (1, 1):
             return ()
         return (Part(kernels.CONV, relu=True, pointwise=self.conv.weight, norm=self.norm),)
 
@@ -262,7 +270,7 @@ class ConvPair(Operation):
     """(ReLU, 1 x k, k x 1 convolution, BN): the factorised k x k of NASNet and AmoebaNet."""
 
     def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
-        super().__init__("relu", stride)
+        super().__init__(First("relu"))
         pad = kernel // 2
         self.row = nn.Conv2d(channels, channels, (1, kernel), (1, stride), (0, pad), bias=False)
         self.column = nn.Conv2d(channels, channels, (kernel, 1), (stride, 1), (pad, 0), bias=False)
@@ -279,7 +287,7 @@ class FactorizedReduce(Operation):
     """
 
     def __init__(self, c_in: int, c_out: int, affine: bool) -> None:
-        super().__init__("relu", 2)
+        super().__init__(First("relu"))
         self.even = _pointwise(c_in, c_out // 2)
         self.odd = _pointwise(c_in, c_out - c_out // 2)
         self.norm = Norm(c_out, affine=affine)
@@ -304,21 +312,15 @@ def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
         stride: 1 or 2.
         affine: whether its batch norms learn a scale and a shift (child) or not (supernet).
     """
-    kind, _, shape = name.rpartition("_")
-    kernel = int(shape[-1]) if shape[-1].isdigit() else 0
-    if name in FIRST:
-        return Pool(name, channels, stride, affine)
-    if name == "skip_connect":
+    kind, kernel = find_op(name)
+    if kind in ("max_pool", "avg_pool"):
+        return Pool(kind, kernel, channels, stride, affine)
+    if kind == "skip":
         return Skip() if stride == 1 else FactorizedReduce(channels, channels, affine)
-    if kind == "sep_conv":
-        return SepConv(channels, kernel, stride, affine)
-    if kind == "dil_conv":
-        return DilConv(channels, kernel, stride, affine)
     if kind == "conv":
         return Conv(channels, channels, kernel, stride, affine)
-    if kind in ("conv_3x1", "conv_7x1"):
-        return ConvPair(channels, kernel, stride, affine)
-    raise ValueError(f"no operation is called {name!r}")
+    made = {"sep_conv": SepConv, "dil_conv": DilConv, "conv_pair": ConvPair}
+    return made[kind](channels, kernel, stride, affine)
 
 
 def drop_probability(x: Tensor, probability: float) -> Tensor | None:
@@ -375,8 +377,8 @@ def _contest() -> build.Contest:
     modules: dict[str, nn.Module] = {
         "norm": Norm(16, affine=False),
         "convolution": SepConv(16, 5, 1, affine=False),
-        "max": Pool("max_pool_3x3", 16, 1, affine=False),
-        "mean": Pool("avg_pool_3x3", 16, 1, affine=False),
+        "max": Pool("max_pool", 3, 16, 1, affine=False),
+        "mean": Pool("avg_pool", 3, 16, 1, affine=False),
         "reduction": FactorizedReduce(16, 16, affine=False),
     }
 

@@ -35,6 +35,10 @@ class DataInfo:
         """Plain containers; DataInfo(**d) is the way back."""
         return asdict(self)
 
+    def steps(self, batch_size: int) -> int:
+        """Training batches an epoch; a last incomplete one is left out, unless it is the only one."""
+        return max(1, sum(self.counts["train"]) // batch_size)
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -141,8 +145,8 @@ class Data:
         self._augmentation = Augmentation(opt.crop_padding, opt.flip, cutout)
 
     def steps(self, batch_size: int) -> int:
-        """Training batches an epoch; a last incomplete one is left out, unless it is the only one."""
-        return max(1, len(self.indices["train"]) // batch_size)
+        """See DataInfo."""
+        return self.info.steps(batch_size)
 
     def train_batches(self, batch_size: int, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The augmented batches of an epoch: (images (B, C, H, W) float32, labels (B,)) on the device."""

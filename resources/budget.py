@@ -262,7 +262,7 @@ def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Const
         tables["latency_ms"] = _latencies(info, opt)
     budgets = find_budgets(opt, tables)
     measures = list(budgets) or [opt.measure]
-    steps = opt.epochs * max(1, sum(info.counts["train"]) // opt.batch_size)
+    steps = opt.epochs * info.steps(opt.batch_size)
     return Constrained(
         network.alphas,
         {measure: tables[measure] for measure in measures},

@@ -8,17 +8,17 @@
 `count_params` and `count_flops` count a network that is built, and tests hold the formulas against them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, edge_list
+from genotypes import SPACES, CellPlan, Genotype, cell_plan, edge_list, find_op
 
 MEASURES = ("params", "flops", "mac")
 Size = tuple[int, int]  # H, W
@@ -83,17 +83,16 @@ def op_cost(op: str, channels: int, size: Size, stride: int, affine: bool = True
         stride: 1 or 2.
         affine: whether its batch norms learn a scale and a shift, as in a child.
     """
-    kind, _, shape = op.rpartition("_")
-    kernel = int(shape[-1]) if shape[-1].isdigit() else 0
+    kind, kernel = find_op(op)
     after = shrink(size, stride)
     norms = 1
-    if op == NONE:
+    if kind == "none":
         return Cost()
-    if op == "skip_connect" and stride == 1:
+    if kind == "skip" and stride == 1:
         return Cost(mac=2 * channels * size[0] * size[1])
-    if op == "skip_connect":
+    if kind == "skip":
         total = _reduce(size, channels, channels)
-    elif "pool" in op:
+    elif kind in ("max_pool", "avg_pool"):
         total = Cost(mac=channels * (size[0] * size[1] + after[0] * after[1]))
     elif kind == "sep_conv":
         total, norms = _half(size, channels, kernel, stride) + _half(after, channels, kernel, 1), 2
@@ -101,15 +100,22 @@ def op_cost(op: str, channels: int, size: Size, stride: int, affine: bool = True
         total = _half(size, channels, kernel, stride)
     elif kind == "conv":
         total = _conv(size, channels, channels, (kernel, kernel), stride)
-    elif kind in ("conv_3x1", "conv_7x1"):
+    else:  # conv_pair
         between = shrink(size, (1, stride))
         total = _conv(size, channels, channels, (1, kernel), (1, stride))
         total += _conv(between, channels, channels, (kernel, 1), (stride, 1))
-    else:
-        raise ValueError(f"no operation is called {op!r}")
     for _ in range(norms if affine else 0):
         total += _norm(channels)
     return total
+
+
+class Place(NamedTuple):
+    """An operation somewhere in a network."""
+
+    op: str
+    channels: int
+    size: Size  # of its input
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -159,25 +165,31 @@ class Deployed:
         total += _conv(quarter, c, c, (3, 3), 2)
         return total + _norm(c // 2) + _norm(c) + _norm(c)
 
+    def walk(self, concat: tuple[int, int], normal: Pairs, reduce: Pairs) -> Iterator[tuple[Place, bool, int]]:
+        """Every operation of the network: its place, whether in a reduction cell, its index in that cell's pairs."""
+        for plan, _, last in self.places(concat):
+            for index, (op, source) in enumerate(reduce if plan.reduction else normal):
+                size = shrink(last, 2) if plan.reduction and source >= 2 else last
+                yield Place(op, plan.channels, size, plan.stride(source)), plan.reduction, index
+
     def total(self, concat: tuple[int, int], normal: Pairs, reduce: Pairs) -> Cost:
         """The whole network, given the (op, source) pairs of both cells."""
         total = self.fixed(concat)
-        for plan, _, last in self.places(concat):
-            for op, source in reduce if plan.reduction else normal:
-                total += self.op(plan, last, op, source)
+        for place, _, _ in self.walk(concat, normal, reduce):
+            total += op_cost(*place, self.affine)
         return total
 
-    def op(self, plan: CellPlan, last: Size, op: str, source: int) -> Cost:
-        """An operation on an edge that leaves state `source` of a cell whose c_{k-1} has size `last`."""
-        size, stride = edge_place(plan, last, source)
-        return op_cost(op, plan.channels, size, stride, self.affine)
+
+def pairs(genotype: Genotype) -> tuple[tuple[int, int], Pairs, Pairs]:
+    """What Deployed wants to know of a genotype: nodes in the outputs, (op, source) pairs of both cells."""
+    normal, reduce = ([pair for node in nodes for pair in node] for nodes in (genotype.normal, genotype.reduce))
+    return (len(genotype.normal_concat), len(genotype.reduce_concat)), normal, reduce
 
 
-def edge_place(plan: CellPlan, last: Size, source: int) -> tuple[Size, int]:
-    """Size of the input and stride of an edge that leaves state `source` of a cell whose c_{k-1} has size `last`."""
-    if not plan.reduction:
-        return last, 1
-    return (last, 2) if source < 2 else (shrink(last, 2), 1)
+def every_pair(space: str, nodes: int) -> tuple[tuple[int, int], Pairs, Pairs]:
+    """The same of a supernet: all operations of every edge, in the order of alpha's entries."""
+    every = [(op, source) for _, source in edge_list(nodes) for op in SPACES[space]]
+    return (nodes, nodes), every, every
 
 
 def cost(
@@ -198,15 +210,12 @@ def cost(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     deployed = Deployed(init_channels, layers, size, num_classes, in_channels, stem, affine)
-    concat = (len(genotype.normal_concat), len(genotype.reduce_concat))
-    normal, reduce = ([pair for node in nodes for pair in node] for nodes in (genotype.normal, genotype.reduce))
-    return deployed.total(concat, normal, reduce).to_dict()
+    return deployed.total(*pairs(genotype)).to_dict()
 
 
 def supernet_cost(space: str, nodes: int, deployed: Deployed) -> dict[str, int]:
     """params (without alpha), flops and mac of a supernet, all operations of every edge; its norms are not affine."""
-    every = [(op, source) for _, source in edge_list(nodes) for op in SPACES[space]]
-    return deployed.total((nodes, nodes), every, every).to_dict()
+    return deployed.total(*every_pair(space, nodes)).to_dict()
 
 
 @dataclass(frozen=True)
@@ -225,23 +234,18 @@ class Table:
         return self.costs.mean(-1).sum()
 
 
-def table(
-    space: str, nodes: int, deployed: Deployed, fixed: float, price: Callable[[CellPlan, Size, str, int], float]
-) -> Table:
+def table(space: str, nodes: int, deployed: Deployed, fixed: float, price: Callable[[Place], float]) -> Table:
     """A Table of any measure that adds up over operations.
 
     Args:
         fixed: what every architecture costs.
-        price: (cell, size of the input, op, stride) -> what the operation costs there.
+        price: what an operation costs at a place.
     """
-    edges = edge_list(nodes)
-    costs = torch.zeros(2, len(edges), len(SPACES[space]))
-    for plan, _, last in deployed.places((nodes, nodes)):
-        for e, (_, source) in enumerate(edges):
-            size, stride = edge_place(plan, last, source)
-            for o, op in enumerate(SPACES[space]):
-                costs[int(plan.reduction), e, o] += price(plan, size, op, stride)
-    return Table(fixed, costs.flatten(0, 1))
+    concat, every, _ = every_pair(space, nodes)
+    costs = torch.zeros(2, len(every))
+    for place, reduction, index in deployed.walk(concat, every, every):
+        costs[int(reduction), index] += price(place)
+    return Table(fixed, costs.view(-1, len(SPACES[space])))
 
 
 def tables(space: str, nodes: int, deployed: Deployed) -> dict[str, Table]:
@@ -249,8 +253,8 @@ def tables(space: str, nodes: int, deployed: Deployed) -> dict[str, Table]:
     fixed = deployed.fixed((nodes, nodes)).to_dict()
 
     def of(measure: str) -> Table:
-        def price(plan: CellPlan, size: Size, op: str, stride: int) -> float:
-            value: int = getattr(op_cost(op, plan.channels, size, stride, deployed.affine), measure)
+        def price(place: Place) -> float:
+            value: int = getattr(op_cost(*place, deployed.affine), measure)
             return value
 
         return table(space, nodes, deployed, fixed[measure], price)

@@ -27,19 +27,18 @@ from tqdm import tqdm
 
 import genotypes
 import utils
-from genotypes import NONE, CellPlan, Genotype
+from genotypes import NONE, Genotype
 from model import ChildNetwork
 from operations import make_op
 from options import UserError
 from resources import cost
-from resources.cost import Deployed, Table
+from resources.cost import Deployed, Place, Table
 
 _FORMAT = 1
 _COPIES = 8  # of an operation in its session, which shares the cost of a call among them
 _CHILDREN = 12  # whole networks to fit and check the sum on
 _SPARSEST = 0.6  # the share of edges that the last of them lacks; with almost none, onnxruntime folds whole cells away
 _ROUNDS = 7  # every session in turn; the median of its rounds counts
-Place = tuple[str, int, int, int, int]  # op, channels, H, W of its input, stride
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,13 @@ class Latencies:
     error: float
     children: list[tuple[float, float]]  # (sum of operations, measured)
 
-    def op(self, name: str, channels: int, size: cost.Size, stride: int) -> float:
+    def op(self, place: Place) -> float:
         """Milliseconds that an operation adds to a child."""
-        return 0.0 if name == NONE else self.scale * self.ops[_key((name, channels, *size, stride))]
+        return 0.0 if place.op == NONE else self.scale * self.ops[_key(place)]
 
     def table(self, space: str, nodes: int, deployed: Deployed) -> Table:
         """The latency of every choice, in milliseconds."""
-        return cost.table(
-            space, nodes, deployed, self.fixed, lambda plan, size, op, stride: self.op(op, plan.channels, size, stride)
-        )
+        return cost.table(space, nodes, deployed, self.fixed, self.op)
 
     def summary(self) -> str:
         """How far it can be trusted, in a line."""
@@ -116,8 +113,8 @@ def measure(space: str, nodes: int, deployed: Deployed, device: str) -> Latencie
     bar = tqdm(total=len(places) + len(children), desc="latency", unit="network", leave=False, disable=None)
     with bar, torch.random.fork_rng(devices=[]):
         calls = [session(nn.ReLU(), _noise(1, (8, 8)))]  # what a call costs
-        for op, channels, height, width, stride in places:
-            states = [_noise(channels, (height, width)) for _ in range(_COPIES)]
+        for op, channels, size, stride in places:
+            states = [_noise(channels, size) for _ in range(_COPIES)]
             calls.append(session(_Copies(op, channels, stride), *states))
             bar.update()
         for genotype in children:
@@ -251,29 +248,16 @@ def _milliseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.03) -> 
 
 
 def _key(place: Place) -> str:
-    op, channels, height, width, stride = place
-    return f"{op} {channels} {height}x{width}/{stride}"
+    height, width = place.size
+    return f"{place.op} {place.channels} {height}x{width}/{place.stride}"
 
 
 def _places(space: str, nodes: int, deployed: Deployed) -> list[Place]:
     """Every operation with each channels, size and stride that it has in some architecture."""
-    found: dict[Place, None] = {}
-
-    def price(plan: CellPlan, size: cost.Size, op: str, stride: int) -> float:
-        if op != NONE:
-            found[op, plan.channels, *size, stride] = None
-        return 0.0
-
-    cost.table(space, nodes, deployed, 0.0, price)
-    return list(found)
+    every = (place for place, *_ in deployed.walk(*cost.every_pair(space, nodes)))
+    return list(dict.fromkeys(place for place in every if place.op != NONE))
 
 
 def _sum(ops: Mapping[str, float], deployed: Deployed, genotype: Genotype) -> float:
     """Milliseconds of a genotype's operations, each alone."""
-    total = 0.0
-    for plan, _, last in deployed.places((len(genotype.normal_concat), len(genotype.reduce_concat))):
-        for node in genotype.reduce if plan.reduction else genotype.normal:
-            for op, source in node:
-                size, stride = cost.edge_place(plan, last, source)
-                total += ops[_key((op, plan.channels, *size, stride))]
-    return total
+    return sum(ops[_key(place)] for place, *_ in deployed.walk(*cost.pairs(genotype)))
