@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     opt = options.parse(InspectOptions, argv, "inspect_model.py", __doc__)
     import genotypes
     import visualize
-    from child import source
     from loading.batches import DataInfo
+    from resources.cost import Deployed
     from training import checkpoint
 
     folder = Path(opt.experiments_dir) / opt.experiment
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     alphas = [state["alpha_normal"], state["alpha_reduce"]]
     genotype = genotypes.derive(alphas[0], alphas[1], run.space, opt.rule)
     info = DataInfo(**content["data"])
-    costs = source.child_cost(genotype, run.init_channels, run.layers, info, "cifar")
+    costs = Deployed.of(info, run.init_channels, run.layers).price(genotype)
     _report(content, run, alphas, genotype, costs)
     files: list[Path] = []
     if opt.visualize:

@@ -72,15 +72,6 @@ def make_network(opt: TrainOptions, info: DataInfo) -> Network:
     )
 
 
-def supernet_cost(opt: TrainOptions, info: DataInfo) -> dict[str, int]:
-    """params, flops and mac of the supernet that is searched."""
-    height, width = info.image_size
-    deployed = cost.Deployed(
-        opt.init_channels, opt.layers, (height, width), len(info.classes), info.channels, affine=False
-    )
-    return cost.supernet_cost(opt.space, opt.nodes, deployed)
-
-
 def search_step(
     learner: Learner, images: Tensor, targets: Tensor, z: Z, opt: TrainOptions, autocast: torch.autocast
 ) -> loop.Step:
@@ -130,7 +121,8 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     learner.network.to(run.device)
     learner.objective.to(run.device)
     run.restore(learner.parts())
-    announce(run, supernet_cost(opt, run.data.info))
+    whole = cost.Deployed.of(run.data.info, opt.init_channels, opt.layers, affine=False)
+    announce(run, cost.supernet_cost(opt.space, opt.nodes, whole))
     if opt.compile:
         loop.compile_cells(learner.network.cells)
     row = loop.fit(
@@ -175,12 +167,12 @@ def _train_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[s
 
 
 @torch.no_grad()
-def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, heat: float) -> dict[str, Any]:
+def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temperature: float) -> dict[str, Any]:
     """A fresh Z and the argmax child on the validation split, each with its own batch-norm statistics."""
     opt = run.opt
     network = learner.network
     child = network.one_hot(network.genotype())
-    fresh = network.sample(heat, run.generator("valid", epoch), opt.resample_cell)
+    fresh = network.sample(temperature, run.generator("valid", epoch), opt.resample_cell)
     row: dict[str, Any] = {}
     for prefix, z in (("valid", fresh), ("child_valid", child)):
         figures = evaluate_z(run, network, z, epoch)

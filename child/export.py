@@ -20,6 +20,7 @@ from loading.batches import Data, DataInfo
 from options import UserError
 from options.child_option import ChildOptions
 from options.export_option import ExportOptions
+from resources.cost import Deployed
 from training import checkpoint
 
 Predict = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]  # images (B, C, H, W) -> logits (B, classes)
@@ -33,7 +34,7 @@ class Exported(NamedTuple):
     card: dict[str, Any]
 
 
-class Deployed(nn.Module):
+class Classifier(nn.Module):
     """The child with its normalisation: images as they come from a file -> logits.
 
     Args:
@@ -76,7 +77,7 @@ def run_export(opt: ExportOptions) -> Exported:
             raise UserError(f"{file} exists; name another file with --out")
     network, genotype = source.load_child(content)
     info = DataInfo(**content["data"])
-    model = Deployed(network, info, 255 if opt.input == "uint8" else 1).eval()
+    model = Classifier(network, info, 255 if opt.input == "uint8" else 1).eval()
     images, kind = _images(opt, content, info)
     path.parent.mkdir(parents=True, exist_ok=True)
     if opt.format == "onnx":
@@ -100,7 +101,7 @@ def run_export(opt: ExportOptions) -> Exported:
         "classes": info.classes,
         "mean": info.mean,
         "std": info.std,
-        **source.child_cost(genotype, *_shape(content), info, content["options"]["stem"]),
+        **Deployed.of(info, *_shape(content), content["options"]["stem"]).price(genotype),
         "test": _test_figures(weights.parent) if content["epoch"] == content["options"]["epochs"] else None,
         "largest_difference": difference,
         "compared_on": f"{len(images)} {kind}",
@@ -162,7 +163,7 @@ def _metadata(info: DataInfo, opt: ExportOptions) -> dict[str, str]:
     }
 
 
-def _export_onnx(model: Deployed, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
+def _export_onnx(model: Classifier, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
     try:
         import onnx
         import onnxruntime
@@ -190,7 +191,7 @@ def _export_onnx(model: Deployed, images: Tensor, path: Path, metadata: Mapping[
     return lambda pixels: session.run(None, {"images": pixels})[0]
 
 
-def _export_pt2(model: Deployed, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
+def _export_pt2(model: Classifier, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
     program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
     loaded = torch.export.load(path).module()

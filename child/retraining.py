@@ -20,6 +20,7 @@ from loading.batches import Data
 from model import ChildNetwork
 from options import UserError
 from options.child_option import ChildOptions
+from resources.cost import Deployed
 from training import checkpoint, loop
 from training.run import Run, Stateful, announce, check_same_options, open_run
 
@@ -82,8 +83,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
     if learner.average is not None:
         learner.average.to(run.device)
     run.restore(learner.parts())
-    costs = source.child_cost(genotype, opt.init_channels, opt.layers, run.data.info, opt.stem)
-    announce(run, costs)
+    announce(run, Deployed.of(run.data.info, opt.init_channels, opt.layers, opt.stem).price(genotype))
     if opt.compile:
         loop.compile_cells(learner.network.cells)
     loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
@@ -217,7 +217,7 @@ def test_figures(run: Run[ChildOptions], network: ChildNetwork, genotype: Genoty
         "ece": float(ece),
         "per_class_acc": shares,
         "confusion": confusion.tolist(),
-        **source.child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem),
+        **Deployed.of(info, opt.init_channels, opt.layers, opt.stem).price(genotype),
         "seed": opt.seed,
         "train_images": len(run.data.indices["train"]),
         "test_images": len(labels),

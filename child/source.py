@@ -16,7 +16,7 @@ from model import ChildNetwork
 from model_search import Network
 from options import UserError
 from options.child_option import ChildOptions
-from resources import cost
+from resources.cost import Deployed
 from training import checkpoint
 
 _TRIES = 20_000  # draws of random:SEED with --match_params
@@ -73,26 +73,12 @@ def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
     seen = []
     for _ in range(_TRIES):
         genotype = genotypes.random_genotype(opt.space, source)
-        seen.append(child_cost(genotype, opt.init_channels, opt.layers, info, opt.stem)["params"])
+        seen.append(Deployed.of(info, opt.init_channels, opt.layers, opt.stem).price(genotype)["params"])
         if abs(seen[-1] - opt.match_params) <= 0.05 * opt.match_params:
             return genotype
     raise UserError(
         f"--match_params {opt.match_params}: of {len(seen)} random genotypes of this size none came within 5 %; "
         f"they have {min(seen):,} to {max(seen):,} parameters"
-    )
-
-
-def child_cost(genotype: Genotype, init_channels: int, layers: int, info: DataInfo, stem: str) -> dict[str, int]:
-    """params, flops and mac of a child without an auxiliary head, for one image of the data."""
-    height, width = info.image_size
-    return cost.cost(
-        genotype,
-        init_channels=init_channels,
-        layers=layers,
-        image_size=(height, width),
-        num_classes=len(info.classes),
-        in_channels=info.channels,
-        stem=stem,
     )
 
 

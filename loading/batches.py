@@ -41,7 +41,7 @@ class DataInfo:
 
 
 @dataclass(frozen=True)
-class Pool:
+class ImageSet:
     """All images of a data set, before it is split."""
 
     pixels: Tensor  # uint8 (N, C, H, W)
@@ -60,16 +60,16 @@ class Augmentation:
     cutout: int = 0  # side in pixels
 
 
-def load_pool(opt: RunOptions) -> Pool:
+def load_pool(opt: RunOptions) -> ImageSet:
     """Read the data set of --dataset, a folder or a name; raises UserError."""
     if opt.dataset in NAMED:
         return _load_named(opt)
     folder = images.scan(Path(opt.dataset))
     pixels = images.decode(folder, opt.image_size, opt.max_ram_gb, Path(opt.cache_dir))
-    return Pool(pixels, torch.tensor(folder.labels), folder.classes, folder.files)
+    return ImageSet(pixels, torch.tensor(folder.labels), folder.classes, folder.files)
 
 
-def _load_named(opt: RunOptions) -> Pool:
+def _load_named(opt: RunOptions) -> ImageSet:
     import torchvision.datasets  # a slow import that folders do without
 
     make = getattr(torchvision.datasets, NAMED[opt.dataset])
@@ -96,7 +96,7 @@ def _load_named(opt: RunOptions) -> Pool:
         pixels = torch.cat(blocks)
     labels = torch.cat([torch.as_tensor(part.targets) for part in parts]).long()
     names = [str(index) for index in range(len(labels))]
-    return Pool(pixels.contiguous(), labels, list(parts[0].classes), names, len(parts[1]))
+    return ImageSet(pixels.contiguous(), labels, list(parts[0].classes), names, len(parts[1]))
 
 
 class Data:

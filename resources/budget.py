@@ -5,6 +5,7 @@ gradient in alpha is had in three ways, all with credit per edge.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -285,16 +286,9 @@ def _latencies(info: DataInfo, opt: ConstraintOptions) -> Table:
 
 def deployed(info: DataInfo, opt: ConstraintOptions) -> Deployed:
     """The child's network, of which the budget speaks."""
-    height, width = info.image_size
-    if opt.child_image_size:
-        height = width = opt.child_image_size
-    return Deployed(
-        opt.child_init_channels or opt.init_channels,
-        opt.child_layers or opt.layers,
-        (height, width),
-        len(info.classes),
-        info.channels,
-    )
+    child = Deployed.of(info, opt.child_init_channels or opt.init_channels, opt.child_layers or opt.layers)
+    size = opt.child_image_size
+    return replace(child, image_size=(size, size)) if size else child
 
 
 def find_budgets(opt: ConstraintOptions, tables: dict[str, Table]) -> dict[str, float]:

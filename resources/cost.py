@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from genotypes import SPACES, CellPlan, Genotype, cell_plan, edge_list, find_op
+from loading.batches import DataInfo
 
 MEASURES = ("params", "flops", "mac")
 Size = tuple[int, int]  # H, W
@@ -130,6 +131,18 @@ class Deployed:
     stem: str = "cifar"
     affine: bool = True
 
+    @classmethod
+    def of(
+        cls, info: DataInfo, init_channels: int, layers: int, stem: str = "cifar", affine: bool = True
+    ) -> "Deployed":
+        """For images as the data has them."""
+        height, width = info.image_size
+        return cls(init_channels, layers, (height, width), len(info.classes), info.channels, stem, affine)
+
+    def price(self, genotype: Genotype) -> dict[str, int]:
+        """params, flops and mac of the network of a genotype, without auxiliary head."""
+        return self.total(*pairs(genotype)).to_dict()
+
     def places(self, concat: tuple[int, int]) -> list[tuple[CellPlan, Size, Size]]:
         """Each cell with the sizes of c_{k-2} and c_{k-1}."""
         before = last = self.image_size
@@ -209,8 +222,7 @@ def cost(
         image_size: side, or (H, W).
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    deployed = Deployed(init_channels, layers, size, num_classes, in_channels, stem, affine)
-    return deployed.total(*pairs(genotype)).to_dict()
+    return Deployed(init_channels, layers, size, num_classes, in_channels, stem, affine).price(genotype)
 
 
 def supernet_cost(space: str, nodes: int, deployed: Deployed) -> dict[str, int]:
