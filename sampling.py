@@ -1,4 +1,4 @@
-"""Z ~ Concrete(alpha, temperature), its log-density, the entropy of p_alpha, temperature schedules.
+"""Z ~ Concrete(alpha, temperature), the entropy of p_alpha, temperature schedules.
 
 One pure function per equation. SNAS = Xie et al. 2019 (arXiv 1812.09926); Concrete = Maddison et al.
 2017 (arXiv 1611.00712); alpha are logits (E, O); the softmax runs over the ops, the last dimension.
@@ -39,22 +39,6 @@ def concrete_sample(
     exponential = torch.empty(shape, dtype=alpha.dtype, device=alpha.device).exponential_(generator=generator)
     gumbel = -exponential.clamp_min(torch.finfo(alpha.dtype).tiny).log()
     return F.softmax((alpha + gumbel) / temperature, dim=-1)
-
-
-def concrete_log_density(log_z: Tensor, alpha: Tensor, temperature: float) -> Tensor:
-    """log p(Z) of the Concrete density (Maddison et al. 2017, section 3.1), per edge.
-
-    log p = log (O-1)! + (O-1) log t + sum_k [alpha_k - (t + 1) log Z_k] - O log sum_k exp(alpha_k - t log Z_k)
-
-    Args:
-        log_z: log Z, (..., O). alpha: logits, (..., O). temperature: t > 0.
-    Returns:
-        (...), the density over the simplex of dimension O - 1.
-    """
-    ops = alpha.shape[-1]
-    constant = math.lgamma(ops) + (ops - 1) * math.log(temperature)
-    linear = (alpha - (temperature + 1) * log_z).sum(-1)
-    return constant + linear - ops * torch.logsumexp(alpha - temperature * log_z, -1)
 
 
 def entropy(alpha: Tensor) -> Tensor:

@@ -181,8 +181,8 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
     return row
 
 
-def evaluate_z(run: Run[TrainOptions], network: Network, z: Z, epoch: int, split: str = "valid") -> loop.Figures:
-    """The supernet at one Z on a split, with batch-norm statistics estimated for this Z on training images."""
+def evaluate_z(run: Run[TrainOptions], network: Network, z: Z, epoch: int) -> loop.Figures:
+    """The supernet at one Z on the validation split; batch-norm statistics are estimated for it on training images."""
 
     def forward(images: Tensor) -> Tensor:
         with loop.autocast(run):
@@ -191,7 +191,7 @@ def evaluate_z(run: Run[TrainOptions], network: Network, z: Z, epoch: int, split
     opt = run.opt
     batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, run.device)
     with loop.calibrated(network, forward, batches):
-        return loop.evaluate(run, forward, split)
+        return loop.evaluate(run, forward, "valid")
 
 
 def summarise(row: Mapping[str, Any], objective: Objective) -> str:

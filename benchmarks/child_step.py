@@ -7,7 +7,6 @@ A step is forward, backward, gradient clip and SGD. The textbook child is NCHW w
 implementations have it; the plain CNN is six 3x3 convolutions with batch norm and two poolings.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     targets = torch.randint(0, 10, (opt.batch_size,))
     steps = {name: _step(network, images, targets, name != "without kernels") for name, network in networks.items()}
     result = {
-        "machine": machine.describe("python -m benchmarks.child_step " + " ".join(argv or sys.argv[1:])),
+        "machine": machine.describe("child_step", argv),
         "setting": {k: getattr(opt, k) for k in ("genotype", "init_channels", "layers", "batch_size", "image_size")},
         "params": {name: parameters(network) for name, network in networks.items()},
         "seconds": machine.alternate(steps, opt.rounds, torch.device("cpu")),

@@ -6,8 +6,6 @@ Bias and standard deviation over draws of Z, as the norm over all entries relati
 where nothing is decided (alpha = 0) and where most is (alpha drawn from a normal distribution of deviation 2).
 """
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     }
                 )
     result = {
-        "machine": machine.describe(
-            shlex.join(["python", "-m", "benchmarks.estimators", *(sys.argv[1:] if argv is None else argv)])
-        ),
+        "machine": machine.describe("estimators", argv),
         "draws": opt.draws,
         "rows": rows,
     }

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for kind, times in seconds.items():
                 times.append(_start(opt, root, kind))
     result = {
-        "machine": machine.describe("python -m benchmarks.first_step " + " ".join(argv or sys.argv[1:])),
+        "machine": machine.describe("first_step", argv),
         "files": files,
         "preset": opt.preset,
         "image_size": opt.image_size,

@@ -8,7 +8,6 @@ convolutions, with the square of the channels.
 
 import dataclasses
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +41,7 @@ class GrowthOptions:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
     opt = options.parse(GrowthOptions, argv, "python -m benchmarks.growth", __doc__ or "")
-    result: dict[str, Any] = {
-        "machine": machine.describe("python -m benchmarks.growth " + " ".join(argv or sys.argv[1:]))
-    }
+    result: dict[str, Any] = {"machine": machine.describe("growth", argv)}
     rows = []
     for name, sizes in SIZES.items():
         base = search_step.StepOptions(device=opt.device, **_BASE)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ Both give the same: random crops with padding, mirrored at random, normalised fl
 of each in turn; decoding beforehand is counted apart, as it happens once.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         contenders[f"ImageFolder, {opt.workers} workers"] = _image_folder(opt, data, opt.workers)
     seconds = machine.alternate(contenders | {"ours": ours}, opt.rounds, device)
     result = {
-        "machine": machine.describe("python -m benchmarks.input_pipeline " + " ".join(argv or sys.argv[1:])),
+        "machine": machine.describe("input_pipeline", argv),
         "images": images,
         "size": opt.image_size,
         "decoding": decoding,

@@ -3,8 +3,10 @@
 import json
 import platform
 import re
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +19,9 @@ import utils
 ROOT = Path(__file__).parents[1]
 
 
-def describe(command: str) -> dict[str, Any]:
-    """Hardware, versions, commit and command of a measurement."""
+def describe(benchmark: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Hardware, versions, commit and command of a measurement; argv as its main was given it."""
+    command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)])
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

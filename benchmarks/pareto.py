@@ -8,9 +8,7 @@ MEASURE.png to --out.
 """
 
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for seed in range(opt.seeds)
     ]
     result = {
-        "machine": machine.describe("python -m benchmarks.pareto " + shlex.join(argv or sys.argv[1:])),
+        "machine": machine.describe("pareto", argv),
         "measure": opt.measure,
         "recipe": " ".join([opt.preset, *opt.options]),
         "runs": runs,

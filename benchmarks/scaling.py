@@ -8,7 +8,6 @@ theta and alpha, and all draw the same Z. main.py itself runs in one process; th
 
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         mp.spawn(_work, (opt, count, address, queue), nprocs=count)  # type: ignore[attr-defined]
         rates[str(count)] = [count * opt.batch_size / seconds for seconds in queue.get()]
     result = {
-        "machine": machine.describe("python -m benchmarks.scaling " + " ".join(argv or sys.argv[1:])),
+        "machine": machine.describe("scaling", argv),
         "setting": {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "rounds")},
         "images_per_second": rates,
     }

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"--contenders {names} has nothing to compare")
     pairs = {name: _in_turns(opt, names[0], name) for name in names[1:]}
     result = {
-        "machine": machine.describe("python -m benchmarks.search_step " + " ".join(argv or sys.argv[1:])),
+        "machine": machine.describe("search_step", argv),
         "setting": {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "rounds")},
         "bandwidth": machine.copy_bandwidth(device),
         "matmul": machine.matmul_rate(device),

@@ -3,7 +3,6 @@
 python -m benchmarks.widths
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seconds = machine.alternate(contenders, opt.rounds, cpu)
         cases.append({"init_channels": channels, "image_size": size, "seconds": seconds})
     result = {
-        "machine": machine.describe("python -m benchmarks.widths " + " ".join(argv or sys.argv[1:])),
+        "machine": machine.describe("widths", argv),
         "setting": {"layers": opt.layers, "batch_size": opt.batch_size, "rounds": opt.rounds},
         "cases": cases,
     }

@@ -5,18 +5,17 @@
     mac      memory access cost: elements that convolutions, linear layers and pools read and write, weights included,
              one image, forward; batch norm, ReLU and sums counted as part of them (Ma et al. 2018, arXiv 1807.11164)
 
-`count_params` and `count_flops` count a network that is built, and tests hold the formulas against them.
+Tests hold the formulas against counting a network that is built.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from genotypes import SPACES, CellPlan, Genotype, cell_plan, edge_list, find_op
 from loading.batches import DataInfo
@@ -277,24 +276,3 @@ def tables(space: str, nodes: int, deployed: Deployed) -> dict[str, Table]:
 def show(value: float) -> str:
     """A cost for people: counts in full, small numbers with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def count_params(module: nn.Module) -> int:
-    """Learnable parameters, alpha left out: a supernet's alpha is no part of the network."""
-    return sum(p.numel() for name, p in module.named_parameters() if not name.startswith("alpha_"))
-
-
-def count_flops(module: nn.Module, *inputs: Any) -> int:
-    """Multiply-adds of the convolutions and linear layers of one forward pass, one per multiply-add.
-
-    Args:
-        module: best on the meta device, where nothing is computed.
-        inputs: the arguments of forward, for one image, detached.
-    """
-    training = module.training
-    module.eval()
-    # FlopCounterMode counts two per multiply-add; without gradients strided convolutions run as such
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    module.train(training)
-    return counter.get_total_flops() // 2

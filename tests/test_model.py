@@ -1,5 +1,6 @@
 import pytest
 import torch
+from counting import count_flops, count_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model_search import random_genotype
@@ -8,7 +9,6 @@ from genotypes import GENOTYPES, SPACES
 from model import ChildNetwork
 from model_search import Network
 from operations import Norm
-from resources import cost
 
 
 @pytest.mark.parametrize(
@@ -22,16 +22,16 @@ from resources import cost
 def test_counts_of_the_cifar_references(name: str, params: int, with_head: int, flops: int) -> None:
     with torch.device("meta"):
         child = ChildNetwork(GENOTYPES[name], 36, 10, 20)
-        assert cost.count_params(child) == params
-        assert cost.count_flops(child, torch.empty(1, 3, 32, 32)) == flops
-        assert cost.count_params(ChildNetwork(GENOTYPES[name], 36, 10, 20, auxiliary=True)) == with_head
+        assert count_params(child) == params
+        assert count_flops(child, torch.empty(1, 3, 32, 32)) == flops
+        assert count_params(ChildNetwork(GENOTYPES[name], 36, 10, 20, auxiliary=True)) == with_head
 
 
 def test_counts_of_the_imagenet_reference() -> None:
     with torch.device("meta"):
         child = ChildNetwork(GENOTYPES["SNAS_mild"], 48, 1000, 14, stem="imagenet")
-        assert cost.count_params(child) == 3_942_208
-        assert cost.count_flops(child, torch.empty(1, 3, 224, 224)) == 438_042_432
+        assert count_params(child) == 3_942_208
+        assert count_flops(child, torch.empty(1, 3, 224, 224)) == 438_042_432
 
 
 @given(

@@ -1,12 +1,12 @@
 import pytest
 import torch
+from counting import count_flops, count_params
 from torch import nn
 
 from benchmarks.textbook import Textbook
 from genotypes import SPACES, Genotype, derive, edge_list
 from model_search import Network
 from operations import Norm
-from resources import cost
 from sampling import Z
 
 
@@ -65,8 +65,8 @@ def test_counts_of_the_reference() -> None:
     with torch.device("meta"):
         network = Network(16, 10, 8)
         alphas = Z(*(alpha.detach() for alpha in network.alphas()))
-        assert cost.count_params(network) == 1_930_618
-        assert cost.count_flops(network, torch.empty(1, 3, 32, 32), alphas) == 300_255_744
+        assert count_params(network) == 1_930_618
+        assert count_flops(network, torch.empty(1, 3, 32, 32), alphas) == 300_255_744
     assert sum(p.numel() for p in network.thetas()) == 1_930_618
     assert [tuple(a.shape) for a in network.alphas()] == [(14, 8), (14, 8)]
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import count_flops, count_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ def counted(genotype: Genotype, shape: tuple[int, int, int], **how: Any) -> dict
     """By building the child and counting."""
     with torch.device("meta"):
         child = ChildNetwork(genotype, num_classes=7, in_channels=shape[0], **how)
-        return {"params": cost.count_params(child), "flops": cost.count_flops(child, torch.empty(1, *shape))}
+        return {"params": count_params(child), "flops": count_flops(child, torch.empty(1, *shape))}
 
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
@@ -64,8 +65,8 @@ def test_the_cost_of_a_supernet_is_that_of_the_built_one(space: str, nodes: int)
     with torch.device("meta"):
         network = Network(5, 7, 4, space, nodes, 1)
         alphas = Z(*(alpha.detach() for alpha in network.alphas()))
-        assert got["params"] == cost.count_params(network)
-        assert got["flops"] == cost.count_flops(network, torch.empty(1, 1, 13, 10), alphas)
+        assert got["params"] == count_params(network)
+        assert got["flops"] == count_flops(network, torch.empty(1, 1, 13, 10), alphas)
     reference = cost.supernet_cost("snas", 4, cost.Deployed(16, 8, (32, 32), 10, affine=False))
     assert (reference["params"], reference["flops"]) == (1_930_618, 300_255_744)
 
@@ -130,12 +131,12 @@ def test_flops_are_one_per_multiply_add_of_convolutions_and_linear_layers() -> N
         torch.nn.MaxPool2d(4), torch.nn.Flatten(), torch.nn.Linear(8, 10),
     )  # fmt: skip
     with torch.device("meta"):
-        got = cost.count_flops(layers.to("meta"), torch.empty(1, 3, 8, 8))
+        got = count_flops(layers.to("meta"), torch.empty(1, 3, 8, 8))
     assert got == 3 * 8 * 9 * 16 + 8 * 25 * 16 + 8 * 10
 
 
 def test_counting_leaves_the_mode_of_a_network_alone() -> None:
     child = ChildNetwork(GENOTYPES["SNAS_mild"], 2, 3, 3).to("meta")
     for mode in (True, False):
-        cost.count_flops(child.train(mode), torch.empty(1, 3, 8, 8, device="meta"))
+        count_flops(child.train(mode), torch.empty(1, 3, 8, 8, device="meta"))
         assert child.training is mode
