@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused import build
+from fused import choice
 from fused import operation as kernels
 from fused.operation import Part
 from genotypes import find_op
@@ -61,7 +61,7 @@ class Norm(nn.BatchNorm2d):
 
 def fused(x: Tensor, parts: Sequence[Part]) -> bool:
     """Whether the kernels work on x and are faster than PyTorch's operations for such parts."""
-    return bool(parts) and kernels.usable(x) and all(part.kind in _chosen() for part in parts)
+    return bool(parts) and kernels.usable(x) and all(part.kind in choice.taken(_contest) for part in parts)
 
 
 def apply_parts(
@@ -338,40 +338,12 @@ def drop_mask(x: Tensor, probability: Tensor) -> Tensor:
     return torch.bernoulli(keep.expand(len(x), 1, 1, 1)) / keep
 
 
-_KINDS = {
-    kernels.NOTHING: "norm",
-    kernels.CONV: "convolution",
-    kernels.MAX: "max",
-    kernels.MEAN: "mean",
-    kernels.HALVES: "reduction",
-}
-_choice: list[frozenset[int]] = []  # of this machine, once it is known
-_ratios: dict[str, float] = {}
-
-
-def _chosen() -> frozenset[int]:
-    """The kinds of parts for which the kernels are faster than PyTorch's operations on this machine."""
-    if not _choice:
-        _choice.append(frozenset(_KINDS))  # all while it is measured
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            _ratios.update(build.speedups(_contest))
-        _choice[0] = frozenset(kind for kind, name in _KINDS.items() if _ratios.get(name, 1.0) >= 1.0)
-    return _choice[0]
-
-
 def kernels_in_words() -> str:
     """Which form of the operations runs on this machine's CPU in float32, and why."""
-    library = build.library()
-    if library is None:
-        return f"PyTorch's own operations, which are slower: {build.missing}"
-    chosen = _chosen()
-    ratios = ", ".join(f"{name} {ratio:.1f}" for name, ratio in _ratios.items())
-    why = f"measured times faster than PyTorch's: {ratios}" if ratios else "SNAS_KERNELS=on"
-    slow = ", ".join(name for kind, name in _KINDS.items() if kind not in chosen)
-    return f"fused, vectors of {library.vector_width()} floats{f', but not for {slow}' if slow else ''}; {why}"
+    return choice.in_words(_contest)
 
 
-def _contest() -> build.Contest:
+def _contest() -> choice.Contest:
     """A forward and backward pass of each kind, with the kernels and without, on a typical state."""
     x = torch.randn(32, 16, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
     modules: dict[str, nn.Module] = {

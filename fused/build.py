@@ -1,20 +1,15 @@
-"""Compiling the kernels, keeping them, and finding out whether they are faster than PyTorch on this machine.
+"""Compiling the kernels and keeping them.
 
-SNAS_KERNELS=off turns the kernels off, SNAS_KERNELS=on takes them without a measurement. SNAS_CXXFLAGS adds flags for
-the compiler, CXX names another one ("ccache c++" works).
+SNAS_KERNELS=off turns the kernels off. SNAS_CXXFLAGS adds flags for the compiler, CXX names another one ("ccache c++"
+works).
 """
 
 import ctypes
 import functools
-import json
 import os
 import platform
 import shlex
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,10 +18,7 @@ import utils
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
-_ROUNDS = 5  # of the calibration
 missing = ""  # why there is no library
-
-Contest = Mapping[str, tuple[Callable[[], object], Callable[[], object]]]  # kind -> calls: fused, plain
 
 
 @functools.cache
@@ -37,11 +29,11 @@ def library() -> ctypes.CDLL | None:
         missing = "SNAS_KERNELS=off"
         return None
     try:
-        path = _path()
-        if not path.exists():
-            with utils.replacing(path) as made:
+        file = path()
+        if not file.exists():
+            with utils.replacing(file) as made:
                 _run([*_command(), str(SOURCE), "-o", str(made), *_openmp()])
-        found = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["it says nothing"]
         missing = f"{error.cmd[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
@@ -75,7 +67,7 @@ def _openmp() -> list[str]:
 
 
 @functools.cache
-def _path() -> Path:
+def path() -> Path:
     """Where the library is kept: its name stands for the source, the command, the processor and the versions."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "snas"
     compiler = (_command(), _run([*_compiler(), "--version"]))
@@ -91,40 +83,3 @@ def _keep_memory() -> None:
     if mallopt is not None and mallopt(mmap_threshold, 2**30):
         mallopt(trim_threshold, -1)
         mallopt(top_pad, 2**26)
-
-
-def speedups(contest: Callable[[], Contest]) -> dict[str, float]:
-    """How many times faster than PyTorch's operations the kernels are here, by kind of operation.
-
-    Measured at the first use on a machine, in about two seconds, and kept beside the library: what is chosen must not
-    change from one start to the next, since rounding depends on it.
-
-    Args:
-        contest: gives two calls for every kind, with and without the kernels.
-    Returns:
-        Nothing with SNAS_KERNELS=on: then it is not asked.
-    """
-    if os.environ.get("SNAS_KERNELS") == "on":
-        return {}
-    path = _path().with_suffix(f".{torch.get_num_threads()}.json")
-    try:
-        return {str(kind): float(ratio) for kind, ratio in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        pass
-    found = {kind: _ratio(fused, plain) for kind, (fused, plain) in contest().items()}
-    with suppress(OSError):  # a full or read-only cache: measured again at the next start
-        utils.write_atomic(path, json.dumps(found))
-    return found
-
-
-def _ratio(fused: Callable[[], object], plain: Callable[[], object]) -> float:
-    """Median of the time of `plain` over that of `fused`, in turns after one call of each that does not count."""
-    fused(), plain()
-    ratios = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        fused()
-        middle = time.perf_counter()
-        plain()
-        ratios.append((time.perf_counter() - middle) / (middle - start))
-    return statistics.median(ratios)

@@ -21,7 +21,7 @@ ROWS = [
 ]
 # Inside a wing a module imports those before it.
 WINGS = {
-    "fused": ["build", "operation"],
+    "fused": ["build", "operation", "choice"],
     "loading": ["images", "splits", "batches"],
     "resources": ["cost", "latency", "budget"],
     "training": ["checkpoint", "run", "loop"],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import operations
-from fused import build
+from fused import build, choice
 from fused import operation as kernels
 from fused.operation import Part
 from genotypes import random_genotype
@@ -46,14 +46,14 @@ def narrower(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("the flags are those of x86")
     monkeypatch.setenv("SNAS_CXXFLAGS", f"{os.environ.get('SNAS_CXXFLAGS', '')} {NARROWER[request.param]}")
     wider = build.library()
-    for cached in (build.library, build._path):
+    for cached in (build.library, build.path):
         cached.cache_clear()
     narrow = build.library()
     assert narrow is not None and narrow.vector_width() == {"avx2": 8, "sse": 4}[request.param]
     assert wider is not None and wider.vector_width() >= narrow.vector_width()
     yield
     monkeypatch.undo()
-    for cached in (build.library, build._path):
+    for cached in (build.library, build.path):
         cached.cache_clear()
 
 
@@ -244,35 +244,35 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setenv("CXX", compiler)
         monkeypatch.setattr(build, "missing", "")
-        build._path.cache_clear()
+        build.path.cache_clear()
         assert build.library.__wrapped__() is None and word in build.missing
     monkeypatch.setenv("SNAS_KERNELS", "off")
     assert build.library.__wrapped__() is None and build.missing == "SNAS_KERNELS=off"
     assert not list(tmp_path.rglob("*.so"))
-    build._path.cache_clear()
+    build.path.cache_clear()
 
 
 def test_a_compiler_with_a_launcher_and_further_flags_is_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = {build._path.__wrapped__()}
+    paths = {build.path.__wrapped__()}
     monkeypatch.setenv("CXX", "env c++")
-    paths.add(build._path.__wrapped__())
+    paths.add(build.path.__wrapped__())
     monkeypatch.setenv("SNAS_CXXFLAGS", "-O2 -DEXAMPLE='a b'")
-    paths.add(build._path.__wrapped__())
+    paths.add(build.path.__wrapped__())
     assert len(paths) == 3 and build._command()[-2:] == ["-O2", "-DEXAMPLE=a b"]
 
 
 def test_the_faster_form_is_measured_once_and_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SNAS_KERNELS", "")
-    monkeypatch.setattr(build, "_path", lambda: tmp_path / "kernels.so")
-    monkeypatch.setattr(operations, "_choice", [])
-    monkeypatch.setattr(operations, "_ratios", {})
+    monkeypatch.setattr(build, "path", lambda: tmp_path / "kernels.so")
+    monkeypatch.setattr(choice, "_taken", [])
+    monkeypatch.setattr(choice, "_ratios", {})
     before = torch.get_rng_state()
-    assert operations._chosen() and torch.equal(before, torch.get_rng_state())
+    assert choice.taken(operations._contest) and torch.equal(before, torch.get_rng_state())
     (stored,) = tmp_path.glob("kernels.*.json")
-    assert json.loads(stored.read_text()).keys() == {*operations._KINDS.values()}
-    stored.write_text(json.dumps(dict.fromkeys(operations._KINDS.values(), 2.0) | {"max": 0.5}))
-    operations._choice.clear()
-    assert operations._chosen() == {*operations._KINDS} - {kernels.MAX}
+    assert json.loads(stored.read_text()).keys() == {*choice.KINDS.values()}
+    stored.write_text(json.dumps(dict.fromkeys(choice.KINDS.values(), 2.0) | {"max": 0.5}))
+    choice._taken.clear()
+    assert choice.taken(operations._contest) == {*choice.KINDS} - {kernels.MAX}
     assert "but not for max" in operations.kernels_in_words() and "max 0.5" in operations.kernels_in_words()
     state = torch.randn(2, 4, 6, 6)
     calls = []

@@ -1,0 +1,93 @@
+"""Which kinds of parts the kernels do on this machine: those for which they are faster than PyTorch's operations.
+
+SNAS_KERNELS=on takes them without a measurement.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import torch
+
+import utils
+from fused import build
+from fused import operation as kernels
+
+KINDS = {
+    kernels.NOTHING: "norm",
+    kernels.CONV: "convolution",
+    kernels.MAX: "max",
+    kernels.MEAN: "mean",
+    kernels.HALVES: "reduction",
+}
+Contest = Mapping[str, tuple[Callable[[], object], Callable[[], object]]]  # kind -> calls: fused, plain
+
+_ROUNDS = 5
+_taken: list[frozenset[int]] = []  # once it is known
+_ratios: dict[str, float] = {}
+
+
+def taken(contest: Callable[[], Contest]) -> frozenset[int]:
+    """The kinds of parts that the kernels do; the contest is held where it is not known.
+
+    Args:
+        contest: gives two calls for every kind, with and without the kernels.
+    """
+    if not _taken:
+        _taken.append(frozenset(KINDS))  # all while it is measured
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            _ratios.update(_speedups(contest))
+        _taken[0] = frozenset(kind for kind, name in KINDS.items() if _ratios.get(name, 1.0) >= 1.0)
+    return _taken[0]
+
+
+def in_words(contest: Callable[[], Contest]) -> str:
+    """Which form of the operations runs on this machine's CPU in float32, and why."""
+    library = build.library()
+    if library is None:
+        return f"PyTorch's own operations, which are slower: {build.missing}"
+    kinds = taken(contest)
+    ratios = ", ".join(f"{name} {ratio:.1f}" for name, ratio in _ratios.items())
+    why = f"measured times faster than PyTorch's: {ratios}" if ratios else "SNAS_KERNELS=on"
+    slow = ", ".join(name for kind, name in KINDS.items() if kind not in kinds)
+    return f"fused, vectors of {library.vector_width()} floats{f', but not for {slow}' if slow else ''}; {why}"
+
+
+def _speedups(contest: Callable[[], Contest]) -> dict[str, float]:
+    """How many times faster than PyTorch's operations the kernels are here, by kind of operation.
+
+    Measured at the first use on a machine, in about two seconds, and kept beside the library: what is chosen must not
+    change from one start to the next, since rounding depends on it.
+
+    Args:
+        contest: gives two calls for every kind, with and without the kernels.
+    Returns:
+        Nothing with SNAS_KERNELS=on: then it is not asked.
+    """
+    if os.environ.get("SNAS_KERNELS") == "on":
+        return {}
+    path = build.path().with_suffix(f".{torch.get_num_threads()}.json")
+    try:
+        return {str(kind): float(ratio) for kind, ratio in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    found = {kind: _ratio(fused, plain) for kind, (fused, plain) in contest().items()}
+    with suppress(OSError):  # a full or read-only cache: measured again at the next start
+        utils.write_atomic(path, json.dumps(found))
+    return found
+
+
+def _ratio(fused: Callable[[], object], plain: Callable[[], object]) -> float:
+    """Median of the time of `plain` over that of `fused`, in turns after one call of each that does not count."""
+    fused(), plain()
+    ratios = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        fused()
+        middle = time.perf_counter()
+        plain()
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    return statistics.median(ratios)
