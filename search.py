@@ -119,7 +119,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     run = open_run(opt, "weights")
     learner = build(opt, run.data.info, make_objective)
     learner.network.to(run.device)
-    learner.objective.to(run.device)
+    learner.objective.to(run.device, torch.float32 if run.device.type == "mps" else None)  # Apple's lack float64
     run.restore(learner.parts())
     whole = cost.Deployed.of(run.data.info, opt.init_channels, opt.layers, affine=False)
     announce(run, cost.supernet_cost(opt.space, opt.nodes, whole))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,12 +64,12 @@ def processor() -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file of this process alone that takes the place of `path` at the end, or is gone if something was raised.
+    """A file with a name of its own that takes the place of `path` at the end, or is gone if something was raised.
 
     So a reader, a crash or another process never meets half of it. The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

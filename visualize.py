@@ -18,6 +18,7 @@ _FAMILIES = {
     "sep_conv": ("#1f5fa8", "separable convolution"),
     "dil_conv": ("#7b3fa0", "dilated convolution"),
     "conv": ("#0d7d86", "convolution"),
+    "conv_pair": ("#0d7d86", "convolution"),
     "max_pool": ("#b3541e", "max pooling"),
     "avg_pool": ("#94761a", "average pooling"),
     "skip": ("#5b6470", "skip"),

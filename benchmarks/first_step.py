@@ -25,14 +25,15 @@ from loading import images
 
 CODE = """
 import sys, time
-import main, engine
-real = engine.update
+import main
+from training import loop
+real = loop.update
 def update(*args, **kwargs):
     real(*args, **kwargs)
     print("FIRST", time.time(), flush=True)
     sys.stdout.flush()
     import os; os._exit(0)
-engine.update = update
+loop.update = update
 main.main(sys.argv[1:])
 """
 

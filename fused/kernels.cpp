@@ -455,7 +455,7 @@ template <int V> struct Kernel {
             for (; r + P <= rows; r += P) block<ROW, STEP, ADD, P, G>(r, g);
             for (; r < rows; r += 4) block<ROW, STEP, ADD, 4, G>(r, g);
         }
-        // for `rows` rows, a multiple of 4
+        // for `rows` rows; there is room for 3 more
         template <int ROW, int STEP, bool ADD> void all(int rows, int groups) const {
             for (int g = 0, left; (left = groups - g) > 0;) {
                 if (left == 1) strip<ROW, STEP, ADD, 1>(rows, g), g += 1;
@@ -470,7 +470,7 @@ template <int V> struct Kernel {
         const auto part = [&](int from, int stop, int first, int last) {
             if (first < last)
                 Product{d + size_t(from) * band, size_t(band) * V, matrix + (size_t(from) * Cp + first * V), size_t(Cp),
-                        V, p + first * plane, V, plane, stop}.template all<V, 1, false>(up(count, 4), last - first);
+                        V, p + first * plane, V, plane, stop}.template all<V, 1, false>(count, last - first);
         };
         const int even = C / 2 / V, odd = (C / 2 + V - 1) / V;
         if (!halves) return part(0, D, 0, Cp / V);
@@ -480,7 +480,7 @@ template <int V> struct Kernel {
         const size_t plane = size_t(band) * V;
         const auto part = [&](int from, int to, int first, int groups) {
             Product{grad_p + from / V * plane, plane, transposed + (size_t(from) * M + first * V), size_t(M), V,
-                    grad_d + first * plane, V, plane, to - from}.template all<V, 1, false>(up(count, 4), groups);
+                    grad_d + first * plane, V, plane, to - from}.template all<V, 1, false>(count, groups);
         };
         if (!halves) return part(0, C, 0, Dp / V);
         part(0, C / 2, 0, Dp / V), part(C / 2 / V * V, C, Dp / V, Dp / V);
@@ -802,7 +802,7 @@ template <int V> struct Kernel {
             const Own own = take(scratch);
             float *grad_border = scratch.zeros(bordered), *grad_between = scratch.take(halfway());
             float *grad_p = scratch.take(gradients), *result = scratch.take(strip);
-            const Share images(needed ? s.batch : 0);
+            const Share images(needed || again ? s.batch : 0);
             for (int i = images.first; i < images.last; i++) {
                 float *both = parts + size_t(i) * 2 * Cp;
                 const auto add = [&](Source p, int from, int to) {

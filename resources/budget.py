@@ -174,8 +174,9 @@ class Constrained(Objective):
         self.priced = [bounded or eta != 0.0 for bounded in self.bounded]
         # Buffers, since measured latencies would not be the same when a run resumes
         self.register_buffer("costs", torch.stack([table.costs for table in tables.values()]))
-        self.register_buffer("fixed", self.costs.new_tensor([float(table.fixed) for table in tables.values()]))
-        self.register_buffer("budgets", self.costs.new_tensor([budgets.get(measure, inf) for measure in tables]))
+        fixed, limits = [float(table.fixed) for table in tables.values()], [budgets.get(name, inf) for name in tables]
+        self.register_buffer("fixed", torch.tensor(fixed, dtype=torch.float64))
+        self.register_buffer("budgets", torch.tensor(limits, dtype=torch.float64))
         self.register_buffer("eta", torch.tensor([0.0 if bounded else eta for bounded in self.bounded]))
         self.register_buffer("step", torch.zeros(()))
         self.register_load_state_dict_pre_hook(_from_tables)
@@ -246,8 +247,9 @@ def _from_tables(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     if stored is not None:
         tables = stored["tables"].values()
         state["costs"] = torch.stack([torch.cat([t["normal"], t["reduce"]]) for t in tables])
-        state["fixed"] = state["costs"].new_tensor([t["fixed"] for t in tables])
-        state["budgets"] = state["costs"].new_tensor([stored["budgets"].get(m, inf) for m in stored["tables"]])
+        state["fixed"] = torch.tensor([t["fixed"] for t in tables], dtype=torch.float64)
+        limits = [stored["budgets"].get(name, inf) for name in stored["tables"]]
+        state["budgets"] = torch.tensor(limits, dtype=torch.float64)
 
 
 def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Constrained:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import visualize
-from genotypes import GENOTYPES, derive
+from genotypes import GENOTYPES, SPACES, derive
 
 
 def test_cells_are_drawn_to_svg_and_png(tmp_path: Path) -> None:
@@ -25,6 +25,11 @@ def test_none_edges_are_absent_and_nodes_without_input_marked() -> None:
     source = visualize.cell_graph("reduce", genotype.reduce, genotype.reduce_concat, {}).source
     assert source.count("sep_conv_5x5") == 2 and "none" not in source
     assert source.count("no input") == 2 and '2 operations"' in source
+
+
+def test_every_operation_of_every_space_has_a_colour() -> None:
+    for op in {op for space in SPACES.values() for op in space} - {"none"}:
+        assert f'label=" {op} "' in visualize.cell_graph("normal", (((op, 0),),), (2,), {}).source
 
 
 def test_edges_carry_the_probability_of_their_op() -> None:

@@ -122,6 +122,8 @@ def open_run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--experiments_dir {opt.experiments_dir} cannot be written: {error.strerror}") from None
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     options.save(opt, folder / "options.yaml", f"python {Path(sys.argv[0]).name} --config {folder}/options.yaml")
     batches.write_split(folder / "split.json", run_data, opt)
     return Run(opt, stem, folder, device, run_data, loaded["epoch"] if loaded else 0, loaded)
