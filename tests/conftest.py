@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+import main
+
 os.environ.setdefault("SNAS_KERNELS", "on")  # what is tested does not depend on a measurement
 CHIPS = Path(__file__).parents[2] / "shared" / "data" / "xview_chips"
 
@@ -54,3 +56,11 @@ def arguments(tiny: Path, tmp_path: Path) -> list[str]:
         "--name=run", "--epochs=2", "--layers=3", "--init_channels=4", "--nodes=1", "--batch_size=4", "--crop_padding=1",
         "--device=cpu", "--arch_learning_rate=0.01",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def searched(arguments: list[str]) -> list[str]:
+    """A finished search called run, and the command line of a short retraining of its child."""
+    main.main(arguments)
+    return [*arguments[:3], "--genotype=run", "--name=again", "--epochs=3", "--layers=3", "--init_channels=4",
+            "--batch_size=4", "--auxiliary=False", "--crop_padding=1", "--cutout_length=2", "--device=cpu"]  # fmt: skip

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_retrain import searched  # noqa: F401
 
 import options
 import retrain
@@ -30,7 +29,7 @@ from options.constraint_option import ConstraintOptions
 
 
 def test_the_baseline_skips_what_is_done_and_tabulates_the_rest(
-    searched: list[str],  # noqa: F811
+    searched: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_retrain import searched  # noqa: F401
 
 import export_model
 import operations
@@ -21,7 +20,7 @@ from training import checkpoint
 
 
 @pytest.fixture
-def trained(searched: list[str], tmp_path: Path) -> list[str]:  # noqa: F811
+def trained(searched: list[str], tmp_path: Path) -> list[str]:
     """A trained child called again, and where experiments lie."""
     retrain.main(searched)
     return [f"--experiments_dir={tmp_path}/experiments", "--checkpoint=again"]

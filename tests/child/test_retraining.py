@@ -22,14 +22,6 @@ from training import checkpoint
 CLOCK = {"images_per_second", "epoch_seconds"}
 
 
-@pytest.fixture
-def searched(arguments: list[str]) -> list[str]:
-    """A finished search called run, and the command line of a short retraining of its child."""
-    main.main(arguments)
-    return [*arguments[:3], "--genotype=run", "--name=again", "--epochs=3", "--layers=3", "--init_channels=4",
-            "--batch_size=4", "--auxiliary=False", "--crop_padding=1", "--cutout_length=2", "--device=cpu"]  # fmt: skip
-
-
 def rows(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in utils.read_metrics(folder / "metrics.jsonl")]
 
