@@ -120,11 +120,14 @@ def test_the_input_pipeline_is_compared_with_image_folder(tiny: Path, tmp_path: 
 def test_results_replace_their_own_part_of_the_page(tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text("before\n<!-- one -->\nold\n<!-- end -->\nbetween\n<!-- two -->\nkept\n<!-- end -->\nafter\n")
-    result = {"machine": machine.describe("a command")}
+    result = {"machine": machine.describe("one", ["--rounds", "2 3"])}
     machine.publish("one", result, "new", tmp_path)
     content = page.read_text()
     assert content.startswith("before\n<!-- one -->\nnew\n") and "old" not in content
-    assert content.endswith("between\n<!-- two -->\nkept\n<!-- end -->\nafter\n") and "`a command`" in content
+    assert (
+        content.endswith("between\n<!-- two -->\nkept\n<!-- end -->\nafter\n")
+        and "`python -m benchmarks.one --rounds '2 3'`" in content
+    )
 
 
 def test_slopes_and_spreads() -> None:

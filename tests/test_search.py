@@ -9,6 +9,7 @@ import main
 import search
 import utils
 from loading.batches import Data
+from objective import Terms
 from options import UserError
 from options.default_option import TrainOptions
 from sampling import Z
@@ -170,20 +171,19 @@ def test_bad_data_leaves_no_folder(arguments: list[str], tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint(arguments: list[str]) -> None:
-    calls = 0
+    class Broken(search.Objective):
+        calls = 0
 
-    def broken(logits: torch.Tensor, targets: torch.Tensor, z: Z) -> tuple[torch.Tensor, search.Terms]:
-        nonlocal calls
-        calls += 1
-        after = 3  # the first epoch
-        loss, terms = search.Objective()(logits, targets, z)
-        return (loss * float("nan") if calls > after else loss), terms
+        def forward(self, logits: torch.Tensor, targets: torch.Tensor, z: Z) -> tuple[torch.Tensor, Terms]:
+            self.calls += 1
+            loss, terms = super().forward(logits, targets, z)
+            return (loss * float("nan") if self.calls > 3 else loss), terms  # after the first epoch
 
     import options
 
     opt = options.parse(TrainOptions, arguments, "main.py", "")
     with pytest.raises(UserError, match=r"weights_epoch_1.pt") as error:
-        search.run_search(opt, lambda *_: broken)
+        search.run_search(opt, lambda *_: Broken())
     assert "epoch 2" in str(error.value) and "\n" not in str(error.value)
 
 
