@@ -147,10 +147,10 @@ template <int V> struct Kernel {
     const int h, w, n, np;           // output; its pixels; the same with room for a whole block of rows of a matrix
     const bool halves, conv, deep, apart, pool, stored; // deep: with depthwise weights; apart: d is not x in its border;
                                                         // stored: p is not x
-    const int step, rows, band;           // of the output at a time: pixels; rows; their pixels with room for a block
-    const size_t input, pixels;           // of an image, as floats: x, p
-    const size_t line, frame, plane;      // x in its border: a row, a group; a group of p
-    const size_t bordered;                // what is needed of x in its border at a time
+    const int step, rows, band;      // of the output at a time: pixels; rows; their pixels with room for a block
+    const size_t input, pixels;      // of an image, as floats: x, p
+    const size_t line, frame, plane; // x in its border: a row, a group; a group of p
+    const size_t bordered;           // what is needed of x in its border at a time
 
     static int up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
@@ -773,9 +773,9 @@ template <int V> struct Kernel {
 
     int backward() const {
         const int chunks = s.batch < CHUNKS ? s.batch : CHUNKS;
-        const bool inner = conv || pool, again = stored && !s.kept && !s.normal; // again: p is computed
+        const bool again = stored && !s.kept && !s.normal; // p is computed
         const bool needed = s.training || s.grad_gamma || s.grad_beta || s.grad_scale; // the sums over the batch
-        const size_t part = taps_size() + square(), gradients = inner ? size_t(band) * Cp : 0;
+        const size_t part = taps_size() + square(), gradients = stored ? size_t(band) * Cp : 0;
         const size_t strip = deep ? (rows * stride + pad) * size_t(W) * V : 0;
         const size_t mine = own_size() + padded(bordered) + padded(halfway()) + padded(gradients) + padded(strip);
         const size_t all = again ? padded(s.batch * pixels) : 0;
