@@ -48,6 +48,10 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def _sources() -> list[bytes]:
+    return [file.read_bytes() for file in sorted(SOURCE.parent.iterdir()) if file.suffix in (".cpp", ".h")]
+
+
 def _run(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -72,7 +76,7 @@ def path() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "snas"
     compiler = (_command(), _run([*_compiler(), "--version"]))
     machine = (platform.machine(), utils.cpuinfo("flags", "Features", "model name"))  # what -march=native depends on
-    return utils.cached(folder, "kernels-{}.so", SOURCE.read_bytes(), *compiler, *machine, torch.__version__)
+    return utils.cached(folder, "kernels-{}.so", *_sources(), *compiler, *machine, torch.__version__)
 
 
 def _keep_memory() -> None:

@@ -28,7 +28,7 @@ from fused import build
 KERNELS = (1, 3, 5, 7)  # sides that are compiled
 enabled = True  # set to False to use PyTorch's operations throughout
 
-NOTHING, CONV, MAX, MEAN, HALVES = range(5)  # as in kernels.cpp
+NOTHING, CONV, MAX, MEAN, HALVES = range(5)  # as in part.h
 
 
 class Part(NamedTuple):
