@@ -72,17 +72,24 @@ def apply_parts(
 
 
 @contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in training mode leave their running statistics as they are."""
+def batch_norms(module: nn.Module) -> Iterator[list[Norm]]:
+    """The batch norms of a module; what their momenta are changed to inside does not outlast it."""
     norms = [m for m in module.modules() if isinstance(m, Norm)]
     momenta = [norm.momentum for norm in norms]
     try:
-        for norm in norms:
-            norm.momentum = 0.0
-        yield
+        yield norms
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in training mode leave their running statistics as they are."""
+    with batch_norms(module) as norms:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
 
 
 def add(total: Tensor | None, y: Tensor) -> Tensor:

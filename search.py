@@ -5,6 +5,7 @@ Xie et al. 2019 (arXiv 1812.09926): minimise E_{Z ~ p_alpha}[L_theta(Z)] over th
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from objective import Objective
 from options.default_option import TrainOptions
 from resources import cost
 from sampling import Z
-from training import loop
+from training import evaluation, loop
+from training.evaluation import Batches, Figures
 from training.run import Run, Stateful, announce, open_run
 
 # (network, info, opt) -> the objective; the loop knows none by name
@@ -38,13 +40,17 @@ class Learner:
     theta_optimizer: torch.optim.SGD
     alpha_optimizer: torch.optim.Adam
     scheduler: torch.optim.lr_scheduler.CosineAnnealingLR
+    grad_clip: float  # largest norm of theta's gradient
+    arch_grad_clip: float  # of alpha's
 
     def parts(self) -> dict[str, Stateful]:
         """All of it that has a state, by name, for the checkpoint."""
-        return {name: part for name, part in vars(self).items() if part.state_dict()}
+        parts: dict[str, Stateful] = {"network": self.network, "objective": self.objective}
+        parts |= {"theta_optimizer": self.theta_optimizer, "alpha_optimizer": self.alpha_optimizer}
+        return {name: part for name, part in (parts | {"scheduler": self.scheduler}).items() if part.state_dict()}
 
 
-def build(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> Learner:
+def make_learner(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> Learner:
     """The supernet, its objective, SGD for theta and Adam for alpha, seeded; on the CPU."""
     torch.manual_seed(utils.fold(opt.seed, "init"))
     network = make_network(opt, info)
@@ -55,7 +61,8 @@ def build(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> L
         network.alphas(), opt.arch_learning_rate, opt.arch_betas, weight_decay=opt.arch_weight_decay, fused=True
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(theta, opt.epochs, opt.learning_rate_min)
-    return Learner(network, make_objective(network, info, opt), theta, alpha, scheduler)
+    objective = make_objective(network, info, opt)
+    return Learner(network, objective, theta, alpha, scheduler, opt.grad_clip, opt.arch_grad_clip)
 
 
 def make_network(opt: TrainOptions, info: DataInfo) -> Network:
@@ -73,20 +80,21 @@ def make_network(opt: TrainOptions, info: DataInfo) -> Network:
 
 
 def search_step(
-    learner: Learner, images: Tensor, targets: Tensor, z: Z, opt: TrainOptions, autocast: torch.autocast
+    learner: Learner, images: Tensor, targets: Tensor, z: Z, autocast: AbstractContextManager[None]
 ) -> loop.Step:
     """The SNAS step: one Z, one forward, one backward; theta and alpha are updated together.
 
     Args:
         images: (B, C, H, W). targets: (B,).
         z: a sample of p_alpha, differentiable in alpha.
+        autocast: the precision.
     Returns:
         logits (B, classes), loss, the objective's terms.
     """
     with autocast:
         logits = learner.network(images, z)
     loss, terms = learner.objective(logits, targets, z)
-    loop.update(loss, [(learner.theta_optimizer, opt.grad_clip), (learner.alpha_optimizer, opt.arch_grad_clip)])
+    loop.update(loss, [(learner.theta_optimizer, learner.grad_clip), (learner.alpha_optimizer, learner.arch_grad_clip)])
     learner.objective.after_step()
     return logits, loss, terms
 
@@ -117,7 +125,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
         UserError: options, data or experiment cannot be used, or the loss became infinite.
     """
     run = open_run(opt, "weights")
-    learner = build(opt, run.data.info, make_objective)
+    learner = make_learner(opt, run.data.info, make_objective)
     learner.network.to(run.device)
     learner.objective.to(run.device, torch.float32 if run.device.type == "mps" else None)  # Apple's lack float64
     run.restore(learner.parts())
@@ -155,9 +163,9 @@ def _train_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[s
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
         z = network.sample(temperature(opt, epoch, number), run.generator("z", number), opt.resample_cell)
-        return search_step(learner, images, targets, z, opt, loop.autocast(run))
+        return search_step(learner, images, targets, z, run.autocast())
 
-    last = epoch * run.data.steps(opt.batch_size) - 1
+    last = epoch * run.steps - 1
     row = {"temperature": temperature(opt, epoch, last), "learning_rate": learner.scheduler.get_last_lr()[0]}
     train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
     calibrating = min(train, opt.calibration_batches * opt.eval_batch_size)
@@ -175,23 +183,23 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
     fresh = network.sample(temperature, run.generator("valid", epoch), opt.resample_cell)
     row: dict[str, Any] = {}
     for prefix, z in (("valid", fresh), ("child_valid", child)):
-        figures = evaluate_z(run, network, z, epoch)
+        figures = evaluate_z(network, z, run.autocast(), run.plain_train_batches(epoch), run.batches("valid"))
         row |= {f"{prefix}_{name}": value for name, value in figures._asdict().items()}
     row["entropy_normal"], row["entropy_reduce"] = (sampling.entropy(alpha).item() for alpha in network.alphas())
     return row
 
 
-def evaluate_z(run: Run[TrainOptions], network: Network, z: Z, epoch: int) -> loop.Figures:
-    """The supernet at one Z on the validation split; batch-norm statistics are estimated for it on training images."""
+def evaluate_z(
+    network: Network, z: Z, autocast: AbstractContextManager[None], training: Batches, batches: Batches
+) -> Figures:
+    """The supernet at one Z on some batches; batch-norm statistics are estimated for it on training images."""
 
     def forward(images: Tensor) -> Tensor:
-        with loop.autocast(run):
+        with autocast:
             return network(images, z)
 
-    opt = run.opt
-    batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, run.device)
-    with loop.calibrated(network, forward, batches):
-        return loop.evaluate(run, forward, "valid")
+    with evaluation.calibrated(network, forward, training):
+        return evaluation.evaluate(forward, batches)
 
 
 def summarise(row: Mapping[str, Any], objective: Objective) -> str:

@@ -19,7 +19,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 import options
 from benchmarks import machine
 from loading.batches import Data
-from options.default_option import RunOptions
+from options.default_option import DataOptions
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class PipelineOptions:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
     opt = options.parse(PipelineOptions, argv, "python -m benchmarks.input_pipeline", __doc__ or "")
-    run = RunOptions(dataset=opt.dataset, image_size=opt.image_size, train_portion=0.9, test_portion=0.0, max_ram_gb=64)
+    run = DataOptions(
+        dataset=opt.dataset, image_size=opt.image_size, train_portion=0.9, test_portion=0.0, max_ram_gb=64
+    )
     start = time.perf_counter()
     data = Data(run)
     decoding = time.perf_counter() - start
-    images = data.steps(opt.batch_size) * opt.batch_size
+    images = data.info.steps(opt.batch_size) * opt.batch_size
     device = torch.device("cpu")
 
     def ours() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,7 +21,7 @@ from model import ChildNetwork
 from options import UserError
 from options.child_option import ChildOptions
 from resources.cost import Deployed
-from training import checkpoint, loop
+from training import checkpoint, evaluation, loop
 from training.run import Run, Stateful, announce, check_same_options, open_run
 
 
@@ -34,7 +34,7 @@ class Tested(NamedTuple):
 
 
 @dataclass
-class Learner:
+class Training:
     """What is trained and what trains it."""
 
     network: ChildNetwork
@@ -51,7 +51,7 @@ class Learner:
         return cast(ChildNetwork, self.average.module) if self.average is not None else self.network
 
 
-def build(opt: ChildOptions, network: ChildNetwork) -> Learner:
+def make_training(opt: ChildOptions, network: ChildNetwork) -> Training:
     """The child with SGD, its schedule and, with --ema_decay, the average of its weights."""
     optimizer = torch.optim.SGD(
         network.parameters(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
@@ -64,7 +64,7 @@ def build(opt: ChildOptions, network: ChildNetwork) -> Learner:
     average = None
     if opt.ema_decay:
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(opt.ema_decay), use_buffers=True)
-    return Learner(network, optimizer, scheduler, average)
+    return Training(network, optimizer, scheduler, average)
 
 
 def run_retrain(opt: ChildOptions) -> Tested:
@@ -79,7 +79,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
     _check_test_images(run)
     genotype = _stored_genotype(run) or source.find_genotype(opt, run.data.info)
     run.extra["genotype"] = genotype.to_dict()
-    learner = build(opt, _initial(run, opt, genotype))
+    learner = make_training(opt, _initial(run, opt, genotype))
     if learner.average is not None:
         learner.average.to(run.device)
     run.restore(learner.parts())
@@ -87,7 +87,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
     if opt.compile:
         loop.compile_cells(learner.network.cells)
     loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
-    result = test_figures(run, learner.evaluated(), genotype)
+    result = _test(run, learner.evaluated(), genotype)
     utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
     utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
     print(f"test     {_in_words(result)}\n         {run.folder / 'test.json'}")
@@ -145,12 +145,11 @@ def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype) -> C
                 "give the search's own --init_channels and --layers"
             )
         network.to(run.device)
-        batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 0, run.device)
-        loop.estimate_statistics(network, network, batches)
+        evaluation.estimate_statistics(network, network, run.plain_train_batches(0))
     return network.to(run.device)
 
 
-def _one_epoch(run: Run[ChildOptions], learner: Learner, epoch: int) -> dict[str, Any]:
+def _one_epoch(run: Run[ChildOptions], learner: Training, epoch: int) -> dict[str, Any]:
     opt = run.opt
     network, start = learner.network.train(), time.perf_counter()
     network.drop_path_prob = opt.drop_path_prob * (epoch - 1) / max(1, opt.epochs - 1)
@@ -166,8 +165,7 @@ def _one_epoch(run: Run[ChildOptions], learner: Learner, epoch: int) -> dict[str
     row |= loop.train_epoch(run, epoch, step, 0 if opt.use_valid else len(run.data.indices["valid"]))
     learner.scheduler.step()
     if not opt.use_valid:
-        evaluated = learner.evaluated().eval()
-        figures = loop.evaluate(run, lambda images: evaluated(images)[0], "valid")
+        figures = evaluation.evaluate(_logits(run, learner.evaluated()), run.batches("valid"))
         row |= {f"valid_{name}": value for name, value in figures._asdict().items()}
     return row | {"epoch_seconds": time.perf_counter() - start}
 
@@ -175,7 +173,7 @@ def _one_epoch(run: Run[ChildOptions], learner: Learner, epoch: int) -> dict[str
 def _loss(run: Run[ChildOptions], network: ChildNetwork, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and cross-entropy plus that of the auxiliary head times its weight."""
     opt = run.opt
-    with loop.autocast(run):
+    with run.autocast():
         logits, side = network(images)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=opt.label_smoothing)
     if side is not None:
@@ -194,33 +192,43 @@ def summarise(row: Mapping[str, Any]) -> str:
     )
 
 
-def test_figures(run: Run[ChildOptions], network: ChildNetwork, genotype: Genotype) -> dict[str, Any]:
-    """The content of test.json: what the network does on the test split, and what it costs.
+def _logits(run: Run[ChildOptions], network: ChildNetwork) -> evaluation.Forward:
+    """The network in eval mode, as images -> logits in the precision of the run."""
+    network.eval()
+
+    def forward(images: Tensor) -> Tensor:
+        with run.autocast():
+            logits: Tensor = network(images)[0]
+        return logits
+
+    return forward
+
+
+def test_figures(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """What test.json says of predictions (N, classes).
 
     Accuracies in percent; ece is the expected calibration error over 15 bins, 0 to 1; confusion has a row per
-    true class and a column per guess; params, flops and mac are those of the network without auxiliary head.
+    true class and a column per guess.
     """
-    from sklearn.metrics import confusion_matrix
-    from torchmetrics.functional.classification import multiclass_calibration_error  # a slow import
-
-    opt = run.opt
-    info, network = run.data.info, network.eval()
-    logits, labels = loop.predict(run, lambda images: network(images)[0], "test")
-    confusion = confusion_matrix(labels, logits.argmax(1), labels=range(len(info.classes)))
-    shares = {
-        name: 100 * float(row[c] / row.sum()) if row.sum() else None
-        for c, (name, row) in enumerate(zip(info.classes, confusion, strict=True))
-    }
-    ece = multiclass_calibration_error(logits.softmax(1), labels, len(info.classes), n_bins=15)
+    table = evaluation.confusion(logits, labels)
+    found = zip(classes, table.sum(1).tolist(), evaluation.recalls(table).tolist(), strict=True)
     return {
-        **loop.figures(logits, labels)._asdict(),
-        "ece": float(ece),
-        "per_class_acc": shares,
-        "confusion": confusion.tolist(),
+        **evaluation.figures(logits, labels)._asdict(),
+        "ece": evaluation.calibration_error(logits, labels),
+        "per_class_acc": {name: 100 * recall if count else None for name, count, recall in found},
+        "confusion": table.tolist(),
+        "test_images": len(labels),
+    }
+
+
+def _test(run: Run[ChildOptions], network: ChildNetwork, genotype: Genotype) -> dict[str, Any]:
+    """The content of test.json: figures of the test split; params, flops and mac without the auxiliary head."""
+    opt, info = run.opt, run.data.info
+    return {
+        **test_figures(*evaluation.predict(_logits(run, network), run.batches("test")), info.classes),
         **Deployed.of(info, opt.init_channels, opt.layers, opt.stem).price(genotype),
         "seed": opt.seed,
         "train_images": len(run.data.indices["train"]),
-        "test_images": len(labels),
         "genotype": genotype.to_dict(),
     }
 
@@ -253,6 +261,6 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
         network, genotype = source.load_child(content)
     if run.data.info.to_dict()["classes"] != content["data"]["classes"]:
         raise UserError(f"--dataset {opt.dataset} has other classes than the weights")
-    result = test_figures(run, network.to(device), genotype)
+    result = _test(run, network.to(device), genotype)
     print(f"test     {_in_words(result)}")
     return Tested(folder, genotype, result)

@@ -99,7 +99,7 @@ def load_child(content: Mapping[str, Any]) -> tuple[ChildNetwork, Genotype]:
 def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> list[str]:
     """Copy the weights of the supernet of --init_from wherever names and shapes agree.
 
-    The running statistics that come with them are a supernet's: estimate them anew (loop.estimate_statistics).
+    The running statistics that come with them are a supernet's: estimate them anew (evaluation.estimate_statistics).
 
     Returns:
         The names of convolutions' and linear layers' weights that the supernet did not give.

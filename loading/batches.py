@@ -15,8 +15,9 @@ from torch import Tensor
 import utils
 from loading import images, splits
 from options import UserError
-from options.default_option import RunOptions
+from options.default_option import DataOptions
 
+Batches = Iterator[tuple[Tensor, Tensor]]  # images (B, C, H, W) float32, labels (B,)
 NAMED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 
 
@@ -60,7 +61,7 @@ class Augmentation:
     cutout: int = 0  # side in pixels
 
 
-def load_pool(opt: RunOptions) -> ImageSet:
+def load_pool(opt: DataOptions) -> ImageSet:
     """Read the data set of --dataset, a folder or a name; raises UserError."""
     if opt.dataset in NAMED:
         return _load_named(opt)
@@ -69,7 +70,7 @@ def load_pool(opt: RunOptions) -> ImageSet:
     return ImageSet(pixels, torch.tensor(folder.labels), folder.classes, folder.files)
 
 
-def _load_named(opt: RunOptions) -> ImageSet:
+def _load_named(opt: DataOptions) -> ImageSet:
     import torchvision.datasets  # a slow import that folders do without
 
     make = getattr(torchvision.datasets, NAMED[opt.dataset])
@@ -111,7 +112,7 @@ class Data:
     """
 
     def __init__(
-        self, opt: RunOptions, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
+        self, opt: DataOptions, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
     ) -> None:
         pool = load_pool(opt)
         self.split = split or splits.make_split(pool.names, pool.labels, pool.classes, opt, pool.official_test)
@@ -128,7 +129,7 @@ class Data:
         if train_on_valid:
             self.indices["train"] = torch.cat([self.indices["train"], self.indices["valid"]])
         self.pixels, self.labels = pool.pixels, pool.labels
-        mean, std = _measure(pool.pixels, self.indices["train"])
+        mean, std = _mean_and_std(pool.pixels, self.indices["train"])
         counts = {
             name: torch.bincount(pool.labels[part], minlength=len(pool.classes)).tolist()
             for name, part in self.indices.items()
@@ -144,28 +145,22 @@ class Data:
         cutout = opt.cutout_length if opt.cutout else 0
         self._augmentation = Augmentation(opt.crop_padding, opt.flip, cutout)
 
-    def steps(self, batch_size: int) -> int:
-        """See DataInfo."""
-        return self.info.steps(batch_size)
-
-    def train_batches(self, batch_size: int, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(self, batch_size: int, epoch: int, device: torch.device) -> Batches:
         """The augmented batches of an epoch: (images (B, C, H, W) float32, labels (B,)) on the device."""
         random = utils.generator("cpu", self._seed, "train", epoch)
         order = self._draw(random)
-        for step in range(self.steps(batch_size)):
+        for step in range(self.info.steps(batch_size)):
             chosen = order[step * batch_size : (step + 1) * batch_size]
             yield self._batch(chosen, device, self._augmentation, random)
 
-    def plain_train_batches(
-        self, batch_size: int, count: int, epoch: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def plain_train_batches(self, batch_size: int, count: int, epoch: int, device: torch.device) -> Batches:
         """At most `count` batches of training images, drawn as in training but not augmented, of equal sizes."""
         order = self._draw(utils.generator("cpu", self._seed, "plain", epoch))
         order = order[: min(count, max(1, len(order) // batch_size)) * batch_size]
         for chosen in order.split(batch_size):
             yield self._batch(chosen, device)
 
-    def batches(self, split: str, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, split: str, batch_size: int, device: torch.device) -> Batches:
         """Every image of a split once, in order, not augmented."""
         for chosen in self.indices[split].split(batch_size):
             yield self._batch(chosen, device)
@@ -240,7 +235,7 @@ def augment(pixels: Tensor, how: Augmentation, random: torch.Generator | None = 
     return pixels
 
 
-def _measure(pixels: Tensor, chosen: Tensor) -> tuple[list[float], list[float]]:
+def _mean_and_std(pixels: Tensor, chosen: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of pixels in 0..1, exact, from histograms."""
     channels = pixels.shape[1]
     counts = torch.zeros(channels, 256, dtype=torch.float64)
@@ -254,7 +249,7 @@ def _measure(pixels: Tensor, chosen: Tensor) -> tuple[list[float], list[float]]:
     return mean.tolist(), var.sqrt().clamp_min(1 / 255).tolist()
 
 
-def write_split(path: Path, data: Data, opt: RunOptions) -> None:
+def write_split(path: Path, data: Data, opt: DataOptions) -> None:
     """split.json: the names of the images of each split, and how they were drawn."""
     record = {"dataset": opt.dataset, "seed": opt.seed, "group_pattern": opt.group_pattern, **data.split}
     utils.write_atomic(path, json.dumps(record, indent=1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import utils
 from options import UserError
-from options.default_option import RunOptions
+from options.default_option import DataOptions
 
 SPLITS = ("train", "valid", "test")
 _FORMAT = 1  # of kept splits; to be raised when splitting changes
@@ -21,7 +21,7 @@ _MANY = 10_000  # images whose split is worth keeping
 
 
 def make_split(
-    names: list[str], labels: Tensor, classes: list[str], opt: RunOptions, official_test: int = 0
+    names: list[str], labels: Tensor, classes: list[str], opt: DataOptions, official_test: int = 0
 ) -> dict[str, list[str]]:
     """The names of the images of each split: stratified by class, seeded, groups kept whole.
 
@@ -47,7 +47,7 @@ def make_split(
 
 
 def _new_split(
-    names: list[str], labels: np.ndarray[Any, Any], classes: list[str], opt: RunOptions, official_test: int
+    names: list[str], labels: np.ndarray[Any, Any], classes: list[str], opt: DataOptions, official_test: int
 ) -> dict[str, list[str]]:
     everything = np.arange(len(labels))
     groups = _groups(names, opt.group_pattern)

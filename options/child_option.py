@@ -6,7 +6,7 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from options import HalfOpenUnit, UserError
-from options.default_option import RunOptions, check_training
+from options.default_option import RunOptions
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,19 @@ class ChildOptions(RunOptions):
     """Images a training step."""
     epochs: PositiveInt = 600
     """Passes over the training images."""
-    learning_rate: PositiveFloat = 0.025
-    """Of SGD, at the start."""
     schedule: Literal["cosine", "exponential"] = "cosine"
     """cosine falls to learning_rate_min; exponential multiplies by lr_decay every epoch."""
     learning_rate_min: NonNegativeFloat = 0.0
     """At the end of the cosine."""
     lr_decay: PositiveFloat = 0.97
     """Of the exponential schedule."""
-    momentum: HalfOpenUnit = 0.9
-    """Of SGD."""
-    weight_decay: NonNegativeFloat = 3e-4
-    """Of SGD."""
-    grad_clip: PositiveFloat = 5.0
-    """Largest norm of the gradient."""
     label_smoothing: HalfOpenUnit = 0.0
     """Share of the target spread over all classes."""
     ema_decay: HalfOpenUnit = 0.0
     """Decay a step of an exponential moving average of the weights, which is then evaluated; 0 is without."""
-    calibration_batches: PositiveInt = 8
-    """Training batches (of eval_batch_size) that give a supernet's weights their batch-norm statistics."""
 
     def check(self) -> None:
         super().check()
-        check_training(self.layers, self.learning_rate, self.learning_rate_min)
         drawn = self.genotype.partition(":")
         if drawn[0] == "random" and drawn[1] and not drawn[2].isdigit():
             raise UserError(f"--genotype {self.genotype}: the seed is a number, as in random:3")

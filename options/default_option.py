@@ -10,23 +10,8 @@ from options import HalfOpenUnit, UserError
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What a search and a retraining have in common: the run, the data, the machine."""
-
-    name: str = "search"
-    """Name of the experiment: a folder of experiments_dir. An existing one is never overwritten."""
-    experiments_dir: str = "experiments"
-    """Where runs leave their files."""
-    visualizations_dir: str = "visualizations"
-    """Where pictures go."""
-    resume: bool = False
-    """Continue the experiment from its newest checkpoint, bit for bit; start it if there is none."""
-    seed: NonNegativeInt = 0
-    """Seed of every random number: weights, splits, batches, augmentation, Z."""
-    save_freq: PositiveInt = 10
-    """Keep the checkpoint of every save_freq-th epoch; the newest one is always kept."""
-    report_freq: PositiveInt = 10
-    """Steps between two updates of the running figures on the progress bar."""
+class DataOptions:
+    """Which images there are, how they are split, what happens to them in training."""
 
     dataset: str = "cifar10"
     """A folder with one subfolder of images per class, or cifar10, cifar100, fashion_mnist."""
@@ -56,6 +41,34 @@ class RunOptions:
     """Decoded images larger than this in all are kept in a file of cache_dir, mapped into memory."""
     cache_dir: str = "~/.cache/snas"
     """Where decoded images are kept that are larger than that or took long to decode; later runs start from them."""
+    seed: NonNegativeInt = 0
+    """Seed of every random number: weights, splits, batches, augmentation, Z."""
+
+    def check(self) -> None:
+        """Raise UserError where values do not go together."""
+        if self.group_pattern is not None:
+            try:
+                re.compile(self.group_pattern)
+            except re.error as error:
+                raise UserError(f"--group_pattern {self.group_pattern!r} is no regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class RunOptions(DataOptions):
+    """What a search and a retraining have in common: the run, the data, the machine, the training."""
+
+    name: str = "search"
+    """Name of the experiment: a folder of experiments_dir. An existing one is never overwritten."""
+    experiments_dir: str = "experiments"
+    """Where runs leave their files."""
+    visualizations_dir: str = "visualizations"
+    """Where pictures go."""
+    resume: bool = False
+    """Continue the experiment from its newest checkpoint, bit for bit; start it if there is none."""
+    save_freq: PositiveInt = 10
+    """Keep the checkpoint of every save_freq-th epoch; the newest one is always kept."""
+    report_freq: PositiveInt = 10
+    """Steps between two updates of the running figures on the progress bar."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one."""
@@ -70,29 +83,43 @@ class RunOptions:
     epochs: PositiveInt = 150
     """Passes over the training images."""
 
-    def check(self) -> None:
-        """Raise UserError where values do not go together."""
-        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or self.name in (".", ".."):
-            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
-        if self.batch_size < 2:
-            raise UserError("--batch_size 1: batch norm needs at least 2 images")
-        if self.group_pattern is not None:
-            try:
-                re.compile(self.group_pattern)
-            except re.error as error:
-                raise UserError(f"--group_pattern {self.group_pattern!r} is no regular expression: {error}") from None
-
-
-@dataclass(frozen=True)
-class TrainOptions(RunOptions):
-    """A search: the supernet, its sampling, its two optimisers."""
-
-    space: Literal["snas", "nasnet", "amoebanet"] = "snas"
-    """Operation space: the candidate operations of an edge."""
     init_channels: PositiveInt = 16
     """C, channels of the first cell's nodes."""
     layers: PositiveInt = 8
     """Number of cells; reduction cells at layers // 3 and 2 * layers // 3. At least 3."""
+    learning_rate: PositiveFloat = 0.025
+    """Of SGD, at the start."""
+    learning_rate_min: NonNegativeFloat = 0.001
+    """Of SGD, at the end of the cosine."""
+    momentum: HalfOpenUnit = 0.9
+    """Of SGD."""
+    weight_decay: NonNegativeFloat = 3e-4
+    """Of SGD."""
+    grad_clip: PositiveFloat = 5.0
+    """Largest norm of the gradient of the weights."""
+    calibration_batches: PositiveInt = 8
+    """Training batches (of eval_batch_size) from which a supernet's weights get their batch-norm statistics."""
+
+    def check(self) -> None:
+        super().check()
+        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or self.name in (".", ".."):
+            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
+        if self.batch_size < 2:
+            raise UserError("--batch_size 1: batch norm needs at least 2 images")
+        if self.layers < 3:
+            raise UserError(f"--layers {self.layers}: a network has at least 3 cells, two of which reduce")
+        if self.learning_rate_min > self.learning_rate:
+            raise UserError(
+                f"--learning_rate_min {self.learning_rate_min} is above --learning_rate {self.learning_rate}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """A search: the supernet, its sampling, the optimiser of alpha (Adam); theta's is SGD."""
+
+    space: Literal["snas", "nasnet", "amoebanet"] = "snas"
+    """Operation space: the candidate operations of an edge."""
     nodes: PositiveInt = 4
     """Intermediate nodes of a cell."""
     drop_path_prob: HalfOpenUnit = 0.0
@@ -100,16 +127,6 @@ class TrainOptions(RunOptions):
     recompute: bool = False
     """Keep only the inputs of each cell for the backward pass and compute the rest again: less memory, slower."""
 
-    learning_rate: PositiveFloat = 0.025
-    """Of theta (SGD), at the start."""
-    learning_rate_min: NonNegativeFloat = 0.001
-    """Of theta at the end of the cosine."""
-    momentum: HalfOpenUnit = 0.9
-    """Of SGD."""
-    weight_decay: NonNegativeFloat = 3e-4
-    """Of theta."""
-    grad_clip: PositiveFloat = 5.0
-    """Largest norm of theta's gradient."""
     arch_learning_rate: PositiveFloat = 3e-4
     """Of alpha (Adam)."""
     arch_weight_decay: NonNegativeFloat = 1e-3
@@ -129,19 +146,8 @@ class TrainOptions(RunOptions):
     """Of the exponential schedule, per training step of the whole run."""
     resample_cell: bool = False
     """Draw a fresh Z for every cell instead of one per cell type."""
-    calibration_batches: PositiveInt = 8
-    """Training batches (of eval_batch_size) from which batch-norm statistics are estimated before an evaluation."""
 
     def check(self) -> None:
         super().check()
-        check_training(self.layers, self.learning_rate, self.learning_rate_min)
         if self.min_temp > self.initial_temp:
             raise UserError(f"--min_temp {self.min_temp} is above --initial_temp {self.initial_temp}")
-
-
-def check_training(layers: int, learning_rate: float, learning_rate_min: float) -> None:
-    """What a supernet and a child have in common; raises UserError."""
-    if layers < 3:
-        raise UserError(f"--layers {layers}: a network has at least 3 cells, two of which reduce")
-    if learning_rate_min > learning_rate:
-        raise UserError(f"--learning_rate_min {learning_rate_min} is above --learning_rate {learning_rate}")

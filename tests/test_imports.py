@@ -24,7 +24,7 @@ WINGS = {
     "fused": ["build", "operation", "choice"],
     "loading": ["images", "splits", "batches"],
     "resources": ["cost", "latency", "budget"],
-    "training": ["checkpoint", "run", "loop"],
+    "training": ["checkpoint", "evaluation", "run", "loop"],
     "child": ["source", "retraining", "export"],
 }
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}

@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,7 @@ from objective import Terms
 from options import UserError
 from options.default_option import TrainOptions
 from sampling import Z
-from training import checkpoint, loop
-from training.run import Run, open_run
+from training import checkpoint, evaluation
 
 CLOCK = {"images_per_second", "epoch_seconds"}
 
@@ -194,12 +194,12 @@ def test_one_step_moves_theta_and_alpha_by_sgd_and_adam_with_clipped_gradients(a
     import options
 
     opt = options.parse(TrainOptions, [*arguments, "--grad_clip=0.1", "--arch_grad_clip=0.001"], "main.py", "")
-    run = open_run(opt, "weights")
-    learner = search.build(opt, run.data.info, lambda *_: search.Objective())
+    data = Data(opt)
+    learner = search.make_learner(opt, data.info, lambda *_: search.Objective())
     before = copy.deepcopy(learner.network)
-    images, targets = next(run.data.train_batches(8, 1, run.device))
+    images, targets = next(data.train_batches(8, 1, torch.device("cpu")))
     seed = torch.Generator().manual_seed(1)
-    search.search_step(learner, images, targets, learner.network.sample(0.7, seed), opt, loop.autocast(run))
+    search.search_step(learner, images, targets, learner.network.sample(0.7, seed), contextlib.nullcontext())
 
     loss = nn.functional.cross_entropy(before(images, before.sample(0.7, torch.Generator().manual_seed(1))), targets)
     for parameters, trained, limit in (
@@ -236,14 +236,14 @@ def test_child_accuracy_is_that_of_the_child_network_with_the_supernets_weights(
     found = main.main(arguments)
     content = checkpoint.load(found.folder / "weights_epoch_2.pt")
     opt = options.parse(TrainOptions, arguments, "main.py", "")
-    run = Run(opt, "weights", found.folder, torch.device("cpu"), Data(opt, content["split"]))
-    network = search.make_network(opt, run.data.info)
+    data, cpu = Data(opt, content["split"]), torch.device("cpu")
+    network = search.make_network(opt, data.info)
     network.load_state_dict(content["parts"]["network"])
     child = ChildNetwork(found.genotype, 4, 3, 3, affine=False)
     child.load_state_dict(network.child_state_dict(found.genotype))
-    batches = run.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 2, run.device)
-    with loop.calibrated(child, child, batches):
-        figures = loop.evaluate(run, lambda images: child(images)[0], "valid")
+    batches = data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 2, cpu)
+    with evaluation.calibrated(child, child, batches):
+        figures = evaluation.evaluate(lambda images: child(images)[0], data.batches("valid", 100, cpu))
     assert figures.acc == pytest.approx(found.metrics["child_valid_acc"])
     assert figures.loss == pytest.approx(found.metrics["child_valid_loss"], rel=1e-4)
 

@@ -1,26 +1,17 @@
-"""What every kind of training shares: evaluation, batch-norm statistics, the update, the loops."""
+"""What every kind of training shares: the update, an epoch, the loop over epochs."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from operations import Norm
 from training.run import Run, Stateful, check_finite, duration
 
-Batches = Iterable[tuple[Tensor, Tensor]]
 Step = tuple[Tensor, Tensor, Mapping[str, Tensor]]  # logits (B, classes), loss, further scalars
-
-
-def autocast(run: Run[Any]) -> torch.autocast:
-    """The precision of the run as a context."""
-    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.opt.precision == "bf16")
 
 
 def compile_cells(cells: Iterable[nn.Module]) -> None:
@@ -36,92 +27,6 @@ def compile_cells(cells: Iterable[nn.Module]) -> None:
     config.fail_on_recompile_limit_hit = True
     for cell in cells:
         cell.compile()
-
-
-class Figures(NamedTuple):
-    """What an evaluation gives: mean cross-entropy in nats, accuracies in percent."""
-
-    loss: float
-    acc: float
-    balanced_acc: float  # mean over the classes present of the share found
-
-
-@contextmanager
-def _evaluating() -> Iterator[None]:
-    """No gradients; and nothing compiled: compilation is for training, and each Z would be compiled anew."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@_evaluating()
-def predict(run: Run[Any], forward: Callable[[Tensor], Tensor], split: str) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) float32 and labels (N,) of a whole split, not augmented, on the CPU."""
-    logits, labels = [], []
-    for images, targets in run.data.batches(split, run.opt.eval_batch_size, run.device):
-        with autocast(run):
-            logits.append(forward(images).float().cpu())
-        labels.append(targets.cpu())
-    return torch.cat(logits), torch.cat(labels)
-
-
-def figures(logits: Tensor, labels: Tensor) -> Figures:
-    """Loss and accuracies of logits (N, classes) against labels (N,)."""
-    from sklearn.metrics import accuracy_score, recall_score  # a slow import
-
-    guessed, true = logits.argmax(1).numpy(), labels.numpy()
-    balanced = recall_score(true, guessed, labels=sorted(set(true.tolist())), average="macro")
-    loss = F.cross_entropy(logits.double(), labels).item()
-    return Figures(loss, 100 * float(accuracy_score(true, guessed)), 100 * float(balanced))
-
-
-def evaluate(run: Run[Any], forward: Callable[[Tensor], Tensor], split: str) -> Figures:
-    """Loss and accuracies of forward(images) -> logits over a whole split, not augmented."""
-    return figures(*predict(run, forward, split))
-
-
-@_evaluating()
-def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> None:
-    """Set every batch norm of `module` to the mean over batches of each batch's mean and variance.
-
-    Args:
-        module: left in eval mode; drop path and dropout do not act.
-        forward: images -> anything, running the module.
-        batches: of equal sizes.
-    """
-    norms = [m for m in module.modules() if isinstance(m, Norm)]
-    momenta = [norm.momentum for norm in norms]
-    module.eval()
-    try:
-        for norm in norms:
-            norm.train()
-        for count, (images, _) in enumerate(batches, 1):
-            for norm in norms:
-                norm.momentum = 1 / count  # running = mean of the batches so far
-            forward(images)
-    finally:
-        module.eval()
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-@contextmanager
-def calibrated(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> Iterator[None]:
-    """Inside, `module` is in eval mode with the batch-norm statistics of `forward`; afterwards it is as before.
-
-    A supernet's running averages mix the statistics of every Z it met and suit none of them, least of all
-    its child's. So they are estimated anew for the one function that is evaluated, on training images and
-    without a trace in the training state.
-    """
-    norms = [m for m in module.modules() if isinstance(m, Norm)]
-    before = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
-    training = module.training
-    try:
-        estimate_statistics(module, forward, batches)
-        yield
-    finally:
-        for norm, state in zip(norms, before, strict=True):
-            norm.load_state_dict(state)
-        module.train(training)
 
 
 def _widest(device: torch.device) -> torch.dtype:
@@ -159,7 +64,32 @@ def update(loss: Tensor, optimizers: Iterable[tuple[torch.optim.Optimizer, float
         optimizer.step()
 
 
-_GUESS_AFTER = 4  # steps
+class _Guess:
+    """Says about how long a run will take, after a few of its steps.
+
+    Args:
+        epochs: that are left.
+        steps: of an epoch.
+        more: seconds of evaluation an epoch, in steps.
+    """
+
+    STEPS = 4
+
+    def __init__(self, epochs: int, steps: int, more: float) -> None:
+        self._epochs, self._steps, self._more = epochs, steps, more
+        self._start = time.perf_counter()
+
+    def after(self, index: int, loss: Tensor) -> None:
+        """Called after every step of the first epoch."""
+        last = min(self.STEPS, self._steps - 1)
+        if index not in (0, last):
+            return
+        loss.item()  # waits for the device
+        now = time.perf_counter()
+        if index == last:
+            seconds = (now - self._start) / max(1, last) * (self._steps + self._more) * self._epochs
+            tqdm.write(f"time     about {duration(seconds)} (guessed from {max(1, last)} steps)")
+        self._start = now  # the first of several steps warms up
 
 
 def train_epoch(
@@ -173,10 +103,10 @@ def train_epoch(
     Returns:
         train_loss, train_acc, the further scalars (means over images), images_per_second.
     """
-    steps = run.data.steps(run.opt.batch_size)
-    mean, seen, start, first = Mean(), 0, time.perf_counter(), 0.0
-    batches = run.data.train_batches(run.opt.batch_size, epoch, run.device)
-    with tqdm(batches, f"epoch {epoch}/{run.opt.epochs}", steps, unit="step", leave=False, disable=None) as bar:
+    steps, mean, seen, start = run.steps, Mean(), 0, time.perf_counter()
+    guess = _Guess(run.opt.epochs - run.epoch, steps, 0.35 * evaluated / run.opt.batch_size)
+    batches, title = run.train_batches(epoch), f"epoch {epoch}/{run.opt.epochs}"
+    with tqdm(batches, title, steps, unit="step", leave=False, disable=None) as bar:
         for index, (images, targets) in enumerate(bar):
             logits, loss, terms = step((epoch - 1) * steps + index, images, targets)
             accuracy = 100 * (logits.argmax(1) == targets).float().mean()
@@ -186,14 +116,8 @@ def train_epoch(
                 now = mean.values()
                 check_finite(run, "train_loss", now["train_loss"], epoch)
                 bar.set_postfix(loss=f"{now['train_loss']:.3f}", acc=f"{now['train_acc']:.1f}")
-            if epoch == run.started + 1 and index in (0, min(_GUESS_AFTER, steps - 1)):
-                loss.item()  # waits for the device
-                now_at = time.perf_counter()
-                if index or steps == 1:
-                    each = (now_at - first) / index if index else now_at - start  # the first one of several warms up
-                    rest = (run.opt.epochs - run.epoch) * each * (steps + 0.35 * evaluated / run.opt.batch_size)
-                    tqdm.write(f"time     about {duration(rest)} (guessed from {max(1, index)} steps)")
-                first = now_at
+            if epoch == run.started + 1:
+                guess.after(index, loss)
     return {**mean.values(), "images_per_second": seen / (time.perf_counter() - start)}
 
 

@@ -12,7 +12,7 @@ import torch
 import operations
 import options
 import utils
-from loading import batches
+from loading.batches import Batches, Data, write_split
 from options import UserError
 from options.default_option import RunOptions
 from training import checkpoint
@@ -56,7 +56,7 @@ class Run(Generic[Options]):
     stem: str  # checkpoints are STEM_epoch_N.pt
     folder: Path
     device: torch.device
-    data: batches.Data
+    data: Data
     epoch: int = 0  # the last finished one
     loaded: Mapping[str, Any] | None = None  # the checkpoint it goes on from
     extra: dict[str, Any] = field(default_factory=dict)  # plain containers to keep in the checkpoints
@@ -65,6 +65,28 @@ class Run(Generic[Options]):
     def started(self) -> int:
         """The last finished epoch when this process began."""
         return int(self.loaded["epoch"]) if self.loaded is not None else 0
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.data.info.steps(self.opt.batch_size)
+
+    def train_batches(self, epoch: int) -> Batches:
+        """The augmented training batches of an epoch, on the device."""
+        return self.data.train_batches(self.opt.batch_size, epoch, self.device)
+
+    def plain_train_batches(self, epoch: int) -> Batches:
+        """Training images for the statistics of batch norms, on the device."""
+        opt = self.opt
+        return self.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, self.device)
+
+    def batches(self, split: str) -> Batches:
+        """All images of a split, on the device."""
+        return self.data.batches(split, self.opt.eval_batch_size, self.device)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the run as a context."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.opt.precision == "bf16")
 
     def generator(self, *labels: str | int) -> torch.Generator:
         """Random numbers on the device for one purpose at one moment, e.g. run.generator("z", step)."""
@@ -115,7 +137,7 @@ def open_run(
     loaded = checkpoint.load(checkpoint.path_of(folder, stem, done[-1])) if done else None
     if loaded:
         check_same_options(opt, loaded["options"], folder)
-    run_data = batches.Data(opt, loaded["split"] if loaded else split, train_on_valid)
+    run_data = Data(opt, loaded["split"] if loaded else split, train_on_valid)
     if loaded and run_data.info.to_dict() != loaded["data"]:
         raise UserError(f"--dataset {opt.dataset} does not hold the images of the run in {folder}; use a new --name")
     try:
@@ -125,7 +147,7 @@ def open_run(
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
     options.save(opt, folder / "options.yaml", f"python {Path(sys.argv[0]).name} --config {folder}/options.yaml")
-    batches.write_split(folder / "split.json", run_data, opt)
+    write_split(folder / "split.json", run_data, opt)
     return Run(opt, stem, folder, device, run_data, loaded["epoch"] if loaded else 0, loaded)
 
 
@@ -185,8 +207,7 @@ def announce(run: Run[Any], costs: Mapping[str, int]) -> None:
         f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"
     )
     print(f"network  {costs['params']:,} parameters, {costs['flops'] / 1e6:,.1f} Mflops (multiply-adds) an image")
-    steps = run.data.steps(opt.batch_size)
-    print(f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {steps} steps each", flush=True)
+    print(f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {run.steps} steps each", flush=True)
     for name, counts in info.counts.items():
         empty = [c for c, count in zip(info.classes, counts, strict=True) if not count]
         if empty and sum(counts):

@@ -17,7 +17,7 @@ from loading.batches import Data
 from model import ChildNetwork
 from options import UserError
 from options.child_option import ChildOptions
-from training import checkpoint
+from training import checkpoint, evaluation
 
 CLOCK = {"images_per_second", "epoch_seconds"}
 
@@ -112,7 +112,7 @@ def test_schedules_and_drop_path_are_ramped_over_the_run(searched: list[str]) ->
 def test_the_average_is_the_exponential_one(searched: list[str]) -> None:
     opt = options.parse(ChildOptions, [*searched, "--ema_decay=0.8"], "", "")
     network = ChildNetwork(genotypes.GENOTYPES["SNAS_mild"], 2, 3, 3)
-    learner = retraining.build(opt, network)
+    learner = retraining.make_training(opt, network)
     history = []
     for step in range(4):
         with torch.no_grad():
@@ -131,17 +131,14 @@ def test_the_supernets_weights_are_taken_over_and_give_its_accuracy(
     swapped = {"train": content["split"]["train"], "valid": content["split"]["test"], "test": content["split"]["valid"]}
     split.write_text(json.dumps(swapped))
     opt = options.parse(ChildOptions, [*searched, "--init_from=run", f"--split={split}"], "", "")
-    run = retraining.Run(opt, "child", Path(), torch.device("cpu"), Data(opt, swapped))
-    genotype = source.find_genotype(opt, run.data.info)
-    network = source.make_child(opt, genotype, run.data.info)
+    data, cpu = Data(opt, swapped), torch.device("cpu")
+    genotype = source.find_genotype(opt, data.info)
+    network = source.make_child(opt, genotype, data.info)
     source.inherit(opt, network, genotype)
-    from training import loop
-
-    batches = run.data.plain_train_batches(256, 8, 2, run.device)
-    loop.estimate_statistics(network, network, batches)
-    figures = retraining.test_figures(run, network, genotype)
-    assert figures["acc"] == pytest.approx(content["metrics"]["child_valid_acc"])
-    assert figures["loss"] == pytest.approx(content["metrics"]["child_valid_loss"], rel=1e-3)
+    evaluation.estimate_statistics(network, network, data.plain_train_batches(256, 8, 2, cpu))
+    figures = evaluation.evaluate(lambda images: network(images)[0], data.batches("test", 100, cpu))
+    assert figures.acc == pytest.approx(content["metrics"]["child_valid_acc"])
+    assert figures.loss == pytest.approx(content["metrics"]["child_valid_loss"], rel=1e-3)
     capsys.readouterr()
     retrain.main([*searched, "--init_from=run", "--eval_only=True"])
     assert "weights from the supernet of run" in capsys.readouterr().out

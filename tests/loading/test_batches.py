@@ -120,7 +120,7 @@ def test_an_epoch_visits_every_training_image_once(tiny: Path) -> None:
     count = len(made.indices["train"])
     images = torch.cat([images for images, _ in made.train_batches(1, 0, torch.device("cpu"))])
     wanted = torch.cat([images for images, _ in made.plain_train_batches(100, 1, 3, torch.device("cpu"))])
-    assert len(images) == count == made.steps(1)
+    assert len(images) == count == made.info.steps(1)
     assert torch.equal(images.flatten(1).sum(1).sort().values, wanted.flatten(1).sum(1).sort().values)
 
 
@@ -156,7 +156,7 @@ def test_calibration_batches_are_of_equal_sizes(tiny: Path) -> None:
 def test_a_short_training_set_still_gives_a_step(tiny: Path) -> None:
     made = Data(options(tiny))
     batches = list(made.train_batches(1000, 0, torch.device("cpu")))
-    assert len(batches) == made.steps(1000) == 1 and len(batches[0][1]) == len(made.indices["train"])
+    assert len(batches) == made.info.steps(1000) == 1 and len(batches[0][1]) == len(made.indices["train"])
 
 
 def counted(batch: int = 64, size: int = 6) -> torch.Tensor:

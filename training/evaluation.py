@@ -1,0 +1,113 @@
+"""What a network does on labelled images, and the batch-norm statistics that suit what is evaluated."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from operations import batch_norms
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, C, H, W), labels (B,)
+Forward = Callable[[Tensor], Tensor]  # images -> logits (B, classes)
+
+
+class Figures(NamedTuple):
+    """What an evaluation gives: mean cross-entropy in nats, accuracies in percent."""
+
+    loss: float
+    acc: float
+    balanced_acc: float  # mean over the classes present of the share found
+
+
+@contextmanager
+def _evaluating() -> Iterator[None]:
+    """No gradients; and nothing compiled: compilation is for training, and each Z would be compiled anew."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@_evaluating()
+def predict(forward: Forward, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) float32 and labels (N,) of all batches, on the CPU."""
+    pairs = [(forward(images).float().cpu(), labels.cpu()) for images, labels in batches]
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """Images of each true class (rows) by guessed class: (classes, classes) int64, from logits (N, classes)."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+def recalls(table: Tensor) -> Tensor:
+    """The share of each class that was found, from a confusion: (classes,) float64; NaN for a class without images."""
+    return table.diagonal().double() / table.sum(1)
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, eq. 3): sum over bins of n_b / N |accuracy_b - confidence_b|.
+
+    The confidence of a guess is its probability; bins divide 0..1 evenly.
+    """
+    confidence, guess = logits.double().softmax(1).max(1)  # (N,)
+    place = (confidence * bins).ceil().long() - 1  # bins hold their upper ends
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, (guess == labels).double() - confidence)
+    return gaps.abs().sum().item() / len(labels)
+
+
+def figures(logits: Tensor, labels: Tensor) -> Figures:
+    """Loss and accuracies of logits (N, classes) against labels (N,)."""
+    table = confusion(logits, labels)
+    loss = F.cross_entropy(logits.double(), labels).item()
+    return Figures(loss, 100 * (table.diagonal().sum() / len(labels)).item(), 100 * recalls(table).nanmean().item())
+
+
+def evaluate(forward: Forward, batches: Batches) -> Figures:
+    """Loss and accuracies over all batches."""
+    return figures(*predict(forward, batches))
+
+
+@_evaluating()
+def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> None:
+    """Set every batch norm of `module` to the mean over batches of each batch's mean and variance.
+
+    Args:
+        module: left in eval mode; drop path and dropout do not act.
+        forward: images -> anything, running the module.
+        batches: of equal sizes.
+    """
+    module.eval()
+    try:
+        with batch_norms(module) as norms:
+            for norm in norms:
+                norm.train()
+            for count, (images, _) in enumerate(batches, 1):
+                for norm in norms:
+                    norm.momentum = 1 / count  # running = mean of the batches so far
+                forward(images)
+    finally:
+        module.eval()
+
+
+@contextmanager
+def calibrated(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> Iterator[None]:
+    """Inside, `module` is in eval mode with the batch-norm statistics of `forward`; afterwards it is as before.
+
+    A supernet's running averages mix the statistics of every Z it met and suit none of them, least of all
+    its child's. So they are estimated anew for the one function that is evaluated, on training images and
+    without a trace in the training state.
+    """
+    with batch_norms(module) as norms:
+        before = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
+        training = module.training
+        try:
+            estimate_statistics(module, forward, batches)
+            yield
+        finally:
+            for norm, state in zip(norms, before, strict=True):
+                norm.load_state_dict(state)
+            module.train(training)
