@@ -14,49 +14,23 @@ from typing import Any, NamedTuple
 
 NONE = "none"
 
-PRIMITIVES = (
-    NONE,
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-)
-
 SPACES: dict[str, tuple[str, ...]] = {
-    "snas": PRIMITIVES,
+    "snas": (
+        *(NONE, "max_pool_3x3", "avg_pool_3x3", "skip_connect"),
+        *("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"),
+    ),
     # Zoph et al. 2018 (arXiv 1707.07012, section 3.1): the 13 candidate operations, and none.
     "nasnet": (
-        NONE,
-        "skip_connect",
-        "conv_3x1_1x3",
-        "conv_7x1_1x7",
-        "dil_conv_3x3",
-        "avg_pool_3x3",
-        "max_pool_3x3",
-        "max_pool_5x5",
-        "max_pool_7x7",
-        "conv_1x1",
-        "conv_3x3",
-        "sep_conv_3x3",
-        "sep_conv_5x5",
-        "sep_conv_7x7",
+        *(NONE, "skip_connect", "conv_3x1_1x3", "conv_7x1_1x7", "dil_conv_3x3", "avg_pool_3x3", "max_pool_3x3"),
+        *("max_pool_5x5", "max_pool_7x7", "conv_1x1", "conv_3x3", "sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7"),
     ),
     # Real et al. 2019 (arXiv 1802.01548, methods): the 8 candidate operations, and none.
     "amoebanet": (
-        NONE,
-        "skip_connect",
-        "sep_conv_3x3",
-        "sep_conv_5x5",
-        "sep_conv_7x7",
-        "avg_pool_3x3",
-        "max_pool_3x3",
-        "dil_conv_3x3",
-        "conv_7x1_1x7",
+        *(NONE, "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7"),
+        *("avg_pool_3x3", "max_pool_3x3", "dil_conv_3x3", "conv_7x1_1x7"),
     ),
 }
+PRIMITIVES = SPACES["snas"]
 
 
 class Op(NamedTuple):
@@ -300,69 +274,52 @@ def random_genotype(space: str, random: Random, nodes: int = 4) -> Genotype:
     return Genotype(cells[0], concat, cells[1], concat, space)
 
 
-_SHORT = {
-    "skip": "skip_connect",
-    "max": "max_pool_3x3",
-    "avg": "avg_pool_3x3",
-    "sep3": "sep_conv_3x3",
-    "sep5": "sep_conv_5x5",
-    "sep7": "sep_conv_7x7",
-    "dil3": "dil_conv_3x3",
-    "dil5": "dil_conv_5x5",
-}
+_SHORT = {"skip": "skip_connect", "max": "max_pool_3x3", "avg": "avg_pool_3x3"}
+_SHORT |= {f"{kind}{k}": f"{kind}_conv_{k}x{k}" for kind in ("sep", "dil") for k in (3, 5, 7)}
 
 
-def _cell(*nodes: str) -> tuple[Node, ...]:
-    """One string per node: "sep3:0 skip:1"; an empty string is a node without an input."""
-    pairs = [[edge.split(":") for edge in node.split()] for node in nodes]
-    return tuple(tuple((_SHORT.get(op, op), int(source)) for op, source in node) for node in pairs)
+def _cell(text: str) -> tuple[Node, ...]:
+    """Nodes as "sep3:0 skip:1 | dil5:2"; what has no op is a node without an input."""
+    nodes = [[edge.split(":") for edge in node.split()] for node in text.split("|")]
+    return tuple(tuple((_SHORT.get(op, op), int(source)) for op, source in node) for node in nodes)
 
 
-_FOUR = (2, 3, 4, 5)
+def _published(
+    normal: str, reduce: str, space: str = "snas", concats: tuple[tuple[int, ...], ...] = ((2, 3, 4, 5),) * 2
+) -> Genotype:
+    return Genotype(_cell(normal), concats[0], _cell(reduce), concats[1], space)
+
 
 GENOTYPES: dict[str, Genotype] = {
-    "SNAS_mild": Genotype(
-        _cell("sep3:0 sep3:1", "skip:0 dil3:1", "skip:0 skip:1", "skip:0 sep3:1"),
-        _FOUR,
-        _cell("max:0 max:1", "max:1 skip:2", "max:1 skip:2", "max:0 dil5:2"),
-        _FOUR,
+    "SNAS_mild": _published(
+        "sep3:0 sep3:1 | skip:0 dil3:1 | skip:0 skip:1 | skip:0 sep3:1",
+        "max:0 max:1 | max:1 skip:2 | max:1 skip:2 | max:0 dil5:2",
     ),
-    "SNAS_moderate": Genotype(
-        _cell("dil5:0 skip:1", "sep3:0 skip:1", "skip:0 skip:1", "sep3:0 dil5:1"),
-        _FOUR,
-        _cell("max:0 max:1", "sep5:0 dil5:1", "sep5:0 sep5:1", "sep5:0 sep5:1"),
-        _FOUR,
+    "SNAS_moderate": _published(
+        "dil5:0 skip:1 | sep3:0 skip:1 | skip:0 skip:1 | sep3:0 dil5:1",
+        "max:0 max:1 | sep5:0 dil5:1 | sep5:0 sep5:1 | sep5:0 sep5:1",
     ),
-    "SNAS_aggressive": Genotype(
-        _cell("sep5:0 skip:1", "skip:0 skip:1", "skip:0 dil5:1", "skip:0 dil5:1"),
-        _FOUR,
-        _cell("sep5:0", "sep5:0", "", ""),
-        _FOUR,
+    "SNAS_aggressive": _published(
+        "sep5:0 skip:1 | skip:0 skip:1 | skip:0 dil5:1 | skip:0 dil5:1", "sep5:0 | sep5:0 | |"
     ),
-    "DARTS_V1": Genotype(
-        _cell("sep3:1 sep3:0", "skip:0 sep3:1", "skip:0 sep3:1", "sep3:0 skip:2"),
-        _FOUR,
-        _cell("max:0 max:1", "skip:2 max:0", "max:0 skip:2", "skip:2 avg:0"),
-        _FOUR,
+    "DARTS_V1": _published(
+        "sep3:1 sep3:0 | skip:0 sep3:1 | skip:0 sep3:1 | sep3:0 skip:2",
+        "max:0 max:1 | skip:2 max:0 | max:0 skip:2 | skip:2 avg:0",
     ),
-    "DARTS_V2": Genotype(
-        _cell("sep3:0 sep3:1", "sep3:0 sep3:1", "sep3:1 skip:0", "skip:0 dil3:2"),
-        _FOUR,
-        _cell("max:0 max:1", "skip:2 max:1", "max:0 skip:2", "skip:2 max:1"),
-        _FOUR,
+    "DARTS_V2": _published(
+        "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:1 skip:0 | skip:0 dil3:2",
+        "max:0 max:1 | skip:2 max:1 | max:0 skip:2 | skip:2 max:1",
     ),
-    "NASNet": Genotype(
-        _cell("sep5:1 sep3:0", "sep5:0 sep3:0", "avg:1 skip:0", "avg:0 avg:0", "sep3:1 skip:1"),
-        (2, 3, 4, 5, 6),
-        _cell("sep5:1 sep7:0", "max:1 sep7:0", "avg:1 sep5:0", "skip:3 avg:2", "sep3:2 max:1"),
-        (4, 5, 6),
+    "NASNet": _published(
+        "sep5:1 sep3:0 | sep5:0 sep3:0 | avg:1 skip:0 | avg:0 avg:0 | sep3:1 skip:1",
+        "sep5:1 sep7:0 | max:1 sep7:0 | avg:1 sep5:0 | skip:3 avg:2 | sep3:2 max:1",
         "nasnet",
+        ((2, 3, 4, 5, 6), (4, 5, 6)),
     ),
-    "AmoebaNet": Genotype(
-        _cell("avg:0 max:1", "sep3:0 sep5:2", "sep3:0 avg:3", "sep3:1 skip:1", "skip:0 avg:1"),
-        (4, 5, 6),
-        _cell("avg:0 sep3:1", "max:0 sep7:2", "sep7:0 avg:1", "max:0 max:1", "conv_7x1_1x7:0 sep3:5"),
-        (3, 4, 6),
+    "AmoebaNet": _published(
+        "avg:0 max:1 | sep3:0 sep5:2 | sep3:0 avg:3 | sep3:1 skip:1 | skip:0 avg:1",
+        "avg:0 sep3:1 | max:0 sep7:2 | sep7:0 avg:1 | max:0 max:1 | conv_7x1_1x7:0 sep3:5",
         "amoebanet",
+        ((4, 5, 6), (3, 4, 6)),
     ),
 }

@@ -2,12 +2,12 @@
 
 An operation maps a state to y = O_k(x), or adds Z_k O_k(x) to the sum of a node: op(state, scale, total). It says of
 which `parts` it consists, and where the fused kernels work (fused.operation) they do all of it in one call. Elsewhere
-it is `rest(first(x))`: `first` is the stage without parameters (ReLU, pooling, nothing), which depends on the state
-alone and is computed once for all edges that leave the state; `rest` holds what learns, and folds the scale into its
+it is `own(shared(x))`: `shared` is the stage without parameters (ReLU, pooling, nothing), which depends on the state
+alone and is computed once for all edges that leave the state; `own` is what learns, and folds the scale into its
 last batch norm.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from fused import choice
 from fused import operation as kernels
 from fused.operation import Part
+from fused.plain import spatial_conv, subsample
 from genotypes import find_op
 
 
-class First(NamedTuple):
+class Shared(NamedTuple):
     """The stage of an operation without parameters; strides are those of pooling."""
 
     kind: str  # identity, relu, max_pool or avg_pool
@@ -45,7 +46,7 @@ class Norm(nn.BatchNorm2d):
         """BN(x), or total + scale * BN(x), the latter in place."""
         parts = (Part(kernels.NOTHING, norm=self),)
         if fused(x, parts):
-            return apply_parts(x, parts, scale, total)
+            return kernels.apply(x, [parts], scale, (0,), total)
         assert self.momentum is not None and self.num_batches_tracked is not None
         if self.training and self.momentum:
             self.num_batches_tracked.add_(1)
@@ -62,13 +63,6 @@ class Norm(nn.BatchNorm2d):
 def fused(x: Tensor, parts: Sequence[Part]) -> bool:
     """Whether the kernels work on x and are faster than PyTorch's operations for such parts."""
     return bool(parts) and kernels.usable(x) and all(part.kind in choice.taken(_contest) for part in parts)
-
-
-def apply_parts(
-    x: Tensor, parts: Sequence[Part], scale: Tensor | None, total: Tensor | None, keep: Tensor | None = None
-) -> Tensor:
-    """total + keep * scale * parts(x) through the kernels; see Operation.forward."""
-    return kernels.apply(x, [parts], None if scale is None else scale.reshape(1), (0,), total, keep)
 
 
 @contextmanager
@@ -97,51 +91,26 @@ def add(total: Tensor | None, y: Tensor) -> Tensor:
     return y if total is None else total.add_(y)
 
 
-def subsample(x: Tensor, start: int = 0) -> Tensor:
-    """Every other pixel: x[:, :, start::2, start::2], sliced so that the gradient keeps the layout of channels_last."""
-    return x.permute(0, 2, 3, 1)[:, start::2, start::2].permute(0, 3, 1, 2)
-
-
-def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-    """A padded depthwise convolution (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)).
-
-    Always the function of the last line, which exported files have; where gradients are wanted, in forms whose
-    backward is 2 to 10 times faster on a CPU. A strided one is a subsampled plain one. A dilated one is a plain one
-    on each of the 2 x 2 grids of pixels that never mix; with a stride of 2 only one of the four is needed.
-    """
-    channels, pad = weight.shape[0], dilation * (weight.shape[2] // 2)
-    if torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_exporting():
-        if stride == dilation == 2:
-            return F.conv2d(subsample(x), weight, None, 1, pad // 2, 1, channels)
-        if stride == 2:
-            return subsample(F.conv2d(x, weight, None, 1, pad, 1, channels))
-        if dilation == 2 and x.shape[2] % 2 == x.shape[3] % 2 == 0 and x.shape[2] >= 8:
-            grids = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)  # (B, 4C, H/2, W/2)
-            y = F.conv2d(grids, weight.repeat_interleave(4, 0), None, 1, pad // 2, 1, 4 * channels)
-            return F.pixel_shuffle(y, 2)
-    return F.conv2d(x, weight, None, stride, pad, dilation, channels)
-
-
 class State:
-    """A state of a cell, x (B, C, H, W), with the parameter-free first stages that its edges share."""
+    """A state of a cell, x (B, C, H, W), with the stages without parameters that its edges share."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self._stages: dict[First, Tensor] = {}
+        self._stages: dict[Shared, Tensor] = {}
 
-    def stage(self, first: First) -> Tensor:
-        """first(x), computed once."""
-        if first not in self._stages:
-            self._stages[first] = first(self.x)
-        return self._stages[first]
+    def through(self, stage: Shared) -> Tensor:
+        """stage(x), computed once."""
+        if stage not in self._stages:
+            self._stages[stage] = stage(self.x)
+        return self._stages[stage]
 
 
 class Operation(nn.Module):
     """Base of the operations; see the module's head."""
 
-    def __init__(self, first: First) -> None:
+    def __init__(self, shared: Shared) -> None:
         super().__init__()
-        self.first = first
+        self.shared = shared
 
     def parts(self) -> Sequence[Part]:
         """What the fused kernels do for it; nothing if they cannot."""
@@ -158,21 +127,20 @@ class Operation(nn.Module):
 
         Args:
             state: x, or the state that holds it; (B, C, H, W).
-            scale: a scalar.
-            total: of the output's shape.
+            scale: a scalar. total: of the output's shape.
             keep: a factor for each image, (B, 1, 1, 1); see drop_mask.
         """
         state = state if isinstance(state, State) else State(state)
         parts = self.parts()
         if fused(state.x, parts):
-            return apply_parts(state.x, parts, scale, total, keep)
-        y = state.stage(self.first)
+            return kernels.apply(state.x, [parts], scale, (0,), total, keep)
+        y = state.through(self.shared)
         if keep is None:
-            return self.rest(y, scale, total)
-        return add(total, self.rest(y, scale, None) * keep)
+            return self.own(y, scale, total)
+        return add(total, self.own(y, scale, None) * keep)
 
-    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
-        """What follows the first stage, y = first(x)."""
+    def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        """What follows the shared stage, y = shared(x)."""
         raise AssertionError("each operation has its own")
 
 
@@ -180,12 +148,12 @@ class Skip(Operation):
     """Identity."""
 
     def __init__(self) -> None:
-        super().__init__(First("identity"))
+        super().__init__(Shared("identity"))
 
     def parts(self) -> Sequence[Part]:
         return (Part(kernels.NOTHING),)
 
-    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         if scale is None:
             return y.clone() if total is None else total.add_(y)  # the sum of a node grows in place, a state must not
         return y * scale if total is None else total.addcmul_(y, scale)
@@ -195,14 +163,14 @@ class Pool(Operation):
     """Pooling with padding, then batch norm."""
 
     def __init__(self, kind: str, kernel: int, channels: int, stride: int, affine: bool) -> None:
-        super().__init__(First(kind, kernel, stride))
+        super().__init__(Shared(kind, kernel, stride))
         self.norm = Norm(channels, affine=affine)
 
     def parts(self) -> Sequence[Part]:
-        kind, kernel, stride = self.first
+        kind, kernel, stride = self.shared
         return (Part(kernels.MAX if kind == "max_pool" else kernels.MEAN, kernel, stride, norm=self.norm),)
 
-    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(y, scale, total)
 
 
@@ -218,15 +186,15 @@ class Depthwise(nn.Module):
         return spatial_conv(x, self.weight, self.stride, self.dilation)
 
 
-def _pointwise(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+def _pointwise(c_in: int, c_out: int) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 1, bias=False)
 
 
-class DilConv(Operation):
-    """(ReLU, depthwise with dilation 2, pointwise, BN)."""
+class DepthwiseSeparable(Operation):
+    """(ReLU, depthwise, pointwise, BN): with dilation 2 a dilated convolution, without one half of a SepConv."""
 
-    def __init__(self, channels: int, kernel: int, stride: int, affine: bool, dilation: int = 2) -> None:
-        super().__init__(First("relu"))
+    def __init__(self, channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> None:
+        super().__init__(Shared("relu"))
         self.depthwise = Depthwise(channels, kernel, stride, dilation)
         self.pointwise = _pointwise(channels, channels)
         self.norm = Norm(channels, affine=affine)
@@ -237,7 +205,7 @@ class DilConv(Operation):
         weights = (conv.weight, self.pointwise.weight)
         return (Part(kernels.CONV, kernel, conv.stride, conv.dilation, True, *weights, self.norm),)
 
-    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(self.pointwise(self.depthwise(y)), scale, total)
 
 
@@ -245,22 +213,22 @@ class SepConv(Operation):
     """(ReLU, depthwise, pointwise, BN) twice; the stride is the first depthwise's."""
 
     def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
-        super().__init__(First("relu"))
-        self.half1 = DilConv(channels, kernel, stride, affine, dilation=1)
-        self.half2 = DilConv(channels, kernel, 1, affine, dilation=1)
+        super().__init__(Shared("relu"))
+        self.half1 = DepthwiseSeparable(channels, kernel, stride, 1, affine)
+        self.half2 = DepthwiseSeparable(channels, kernel, 1, 1, affine)
 
     def parts(self) -> Sequence[Part]:
         return (*self.half1.parts(), *self.half2.parts())
 
-    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
-        return self.half2.rest(F.relu(self.half1.rest(y, None, None)), scale, total)
+    def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        return self.half2.own(F.relu(self.half1.own(y, None, None)), scale, total)
 
 
 class Conv(Operation):
     """(ReLU, k x k convolution, BN); also the 1 x 1 that prepares a cell's inputs."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, affine: bool) -> None:
-        super().__init__(First("relu"))
+        super().__init__(Shared("relu"))
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
         self.norm = Norm(c_out, affine=affine)
 
@@ -269,7 +237,7 @@ class Conv(Operation):
             return ()
         return (Part(kernels.CONV, relu=True, pointwise=self.conv.weight, norm=self.norm),)
 
-    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(self.conv(y), scale, total)
 
 
@@ -277,13 +245,13 @@ class ConvPair(Operation):
     """(ReLU, 1 x k, k x 1 convolution, BN): the factorised k x k of NASNet and AmoebaNet."""
 
     def __init__(self, channels: int, kernel: int, stride: int, affine: bool) -> None:
-        super().__init__(First("relu"))
+        super().__init__(Shared("relu"))
         pad = kernel // 2
         self.row = nn.Conv2d(channels, channels, (1, kernel), (1, stride), (0, pad), bias=False)
         self.column = nn.Conv2d(channels, channels, (kernel, 1), (stride, 1), (pad, 0), bias=False)
         self.norm = Norm(channels, affine=affine)
 
-    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.norm(self.column(self.row(y)), scale, total)
 
 
@@ -294,7 +262,7 @@ class FactorizedReduce(Operation):
     """
 
     def __init__(self, c_in: int, c_out: int, affine: bool) -> None:
-        super().__init__(First("relu"))
+        super().__init__(Shared("relu"))
         self.even = _pointwise(c_in, c_out // 2)
         self.odd = _pointwise(c_in, c_out - c_out // 2)
         self.norm = Norm(c_out, affine=affine)
@@ -303,9 +271,9 @@ class FactorizedReduce(Operation):
         weight = torch.cat([self.even.weight, self.odd.weight])  # (c_out, c_in, 1, 1)
         return (Part(kernels.HALVES, stride=2, relu=True, pointwise=weight, norm=self.norm),)
 
-    def rest(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
-        height, width = y.shape[2:]
-        padded = F.pad(y, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else y
+    def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        down, right = y.shape[2] % 2, y.shape[3] % 2
+        padded = F.pad(y, (0, right, 0, down)) if down or right else y
         both = torch.cat([self.even(subsample(y)), self.odd(subsample(padded, 1))], 1)
         return self.norm(both, scale, total)
 
@@ -314,9 +282,7 @@ def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
     """The module of an op of genotypes.SPACES (all but none), C channels in and out.
 
     Args:
-        name: e.g. "sep_conv_3x3".
-        channels: C.
-        stride: 1 or 2.
+        name: e.g. "sep_conv_3x3". channels: C. stride: 1 or 2.
         affine: whether its batch norms learn a scale and a shift (child) or not (supernet).
     """
     kind, kernel = find_op(name)
@@ -326,8 +292,9 @@ def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
         return Skip() if stride == 1 else FactorizedReduce(channels, channels, affine)
     if kind == "conv":
         return Conv(channels, channels, kernel, stride, affine)
-    made = {"sep_conv": SepConv, "dil_conv": DilConv, "conv_pair": ConvPair}
-    return made[kind](channels, kernel, stride, affine)
+    if kind == "dil_conv":
+        return DepthwiseSeparable(channels, kernel, stride, 2, affine)
+    return (SepConv if kind == "sep_conv" else ConvPair)(channels, kernel, stride, affine)
 
 
 def drop_probability(x: Tensor, probability: float) -> Tensor | None:
@@ -360,12 +327,4 @@ def _contest() -> choice.Contest:
         "mean": Pool("avg_pool", 3, 16, 1, affine=False),
         "reduction": FactorizedReduce(16, 16, affine=False),
     }
-
-    def call(module: nn.Module, enabled: bool) -> Callable[[], None]:
-        def run() -> None:
-            with kernels.switched(enabled):
-                torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
-
-        return run
-
-    return {kind: (call(module, True), call(module, False)) for kind, module in modules.items()}
+    return choice.contest(x, modules)

@@ -44,6 +44,19 @@ def taken(contest: Callable[[], Contest]) -> frozenset[int]:
     return _taken[0]
 
 
+def contest(x: torch.Tensor, modules: Mapping[str, torch.nn.Module]) -> Contest:
+    """A forward and backward pass on x of a module of each kind, with the kernels and without."""
+
+    def call(module: torch.nn.Module, enabled: bool) -> Callable[[], None]:
+        def run() -> None:
+            with kernels.switched(enabled):
+                torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
+
+        return run
+
+    return {kind: (call(module, True), call(module, False)) for kind, module in modules.items()}
+
+
 def in_words(contest: Callable[[], Contest]) -> str:
     """Which form of the operations runs on this machine's CPU in float32, and why."""
     library = build.library()

@@ -102,7 +102,7 @@ def apply(
     Args:
         x: (B, D, H, W).
         operations: at least one; all give (B, C, ceil(H / stride), ceil(W / stride)).
-        scales: (O,); 1 if None.
+        scales: (O,), or a scalar; 1 if None.
         places: where the scale of each operation is.
         total: the sum so far, of the result's shape, channels_last.
         keep: a factor for each image, (B, 1, 1, 1).
@@ -112,6 +112,7 @@ def apply(
     """
     parts = [part for operation in operations for part in operation]
     tensors = [t for p in parts for t in (p.depthwise, p.pointwise, *_affine(p.norm))]
+    scales = None if scales is None else scales.reshape(-1)
     return _Apply.apply(x, scales, total, keep, tuple(operations), tuple(places), *tensors)
 
 

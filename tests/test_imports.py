@@ -21,7 +21,7 @@ ROWS = [
 ]
 # Inside a wing a module imports those before it.
 WINGS = {
-    "fused": ["build", "operation", "choice"],
+    "fused": ["plain", "build", "operation", "choice"],
     "loading": ["images", "splits", "batches"],
     "resources": ["cost", "latency", "budget"],
     "training": ["checkpoint", "evaluation", "run", "loop"],

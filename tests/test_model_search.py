@@ -125,8 +125,8 @@ def test_skipping_zero_weights_changes_nothing() -> None:
     calls = []
     unused = [op for cell in network.cells for edge in cell.edges for op in edge.ops.values()]
     for op in unused:
-        inner = op.rest
-        op.rest = lambda *args, inner=inner: calls.append(1) or inner(*args)  # type: ignore[method-assign]
+        inner = op.own
+        op.own = lambda *args, inner=inner: calls.append(1) or inner(*args)  # type: ignore[method-assign]
     short = network(images, z)
     few = len(calls)
     full = network(images, Z(*(part.requires_grad_() for part in z)))
