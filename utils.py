@@ -1,19 +1,23 @@
-"""Seeds, the run directory, and the numbers of a run: metrics.jsonl, mirrored in TensorBoard."""
+"""Seeds, devices, files, timing, and the numbers of a run: metrics.jsonl, mirrored in TensorBoard."""
 
 import hashlib
 import json
 import os
 import platform
 import secrets
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import platformdirs
 import torch
 
 from options import UserError
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def fold(seed: int, *labels: str | int) -> int:
@@ -83,9 +87,34 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def cached(folder: str | Path, name: str, *what: object) -> Path:
+def cache_folder(given: str | Path | None = None) -> Path:
+    """--cache_dir, or the user's folder for caches."""
+    return Path(given).expanduser() if given else platformdirs.user_cache_path("snas")
+
+
+def cached(folder: str | Path | None, name: str, *what: object) -> Path:
     """The file of a cache that stands for `what`, of which repr says everything: `name` with its key for {}."""
-    return Path(folder).expanduser() / name.format(hashlib.blake2b(repr(what).encode(), digest_size=12).hexdigest())
+    return cache_folder(folder) / name.format(hashlib.blake2b(repr(what).encode(), digest_size=12).hexdigest())
+
+
+def timed(call: Callable[[], object], count: int = 1) -> float:
+    """Seconds of a call, the mean of `count` in a row.
+
+    (torch.utils.benchmark.Timer calls twice before it measures, which doubles the time of a benchmark in turns.)
+    """
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def in_turns(contenders: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, list[float]]:
+    """What every contender gives, seconds, called once a round after one another: noise meets them alike."""
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            seconds[name].append(contender())
+    return seconds
 
 
 class MetricLog:

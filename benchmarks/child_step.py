@@ -9,7 +9,6 @@ implementations have it; the plain CNN is six 3x3 convolutions with batch norm a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 import genotypes
 import options
-from benchmarks import machine, textbook
+from benchmarks import record, runner, textbook
+from benchmarks.record import Rounds
 from fused import operation as kernels
 from genotypes import Genotype
 from model import ChildNetwork
@@ -27,7 +27,7 @@ from training import loop
 
 
 @dataclass(frozen=True)
-class ChildStepOptions:
+class ChildStepOptions(Rounds):
     """What is compared."""
 
     genotype: str = "SNAS_mild"
@@ -42,10 +42,6 @@ class ChildStepOptions:
     """Side in pixels."""
     threads: PositiveInt = 1
     """Threads of the step."""
-    rounds: PositiveInt = 10
-    """Steps of each contender that count."""
-    out: str = "docs"
-    """Where performance.md and performance/ are."""
 
 
 class TextbookCell(nn.Module):
@@ -115,7 +111,7 @@ def parameters(module: nn.Module) -> int:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
-    opt = options.parse(ChildStepOptions, argv, "python -m benchmarks.child_step", __doc__ or "")
+    opt = record.parse(ChildStepOptions, argv, "child_step", __doc__)
     torch.set_num_threads(opt.threads)
     torch.manual_seed(0)
     genotype = genotypes.GENOTYPES[opt.genotype]
@@ -130,15 +126,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     images = torch.randn(opt.batch_size, 3, opt.image_size, opt.image_size)
     targets = torch.randint(0, 10, (opt.batch_size,))
     steps = {name: _step(network, images, targets, name != "without kernels") for name, network in networks.items()}
-    result = {
-        "machine": machine.describe("child_step", argv),
-        "setting": {k: getattr(opt, k) for k in ("genotype", "init_channels", "layers", "batch_size", "image_size")},
+    figures: dict[str, Any] = {
         "params": {name: parameters(network) for name, network in networks.items()},
-        "seconds": machine.alternate(steps, opt.rounds, torch.device("cpu")),
+        "seconds": runner.in_turns(steps, opt.rounds, torch.device("cpu")),
     }
-    name = f"child_step_{opt.init_channels}_{opt.layers}"
-    machine.publish(machine.on_this(name), result, _text(result), Path(opt.out))
-    return result
+    name = record.on_this(f"child_step_{opt.init_channels}_{opt.layers}")
+    return record.publish("child_step", argv, opt, figures, _text(opt, **figures), name)
 
 
 def _step(network: nn.Module, images: Tensor, targets: Tensor, enabled: bool) -> Callable[[], None]:
@@ -153,25 +146,22 @@ def _step(network: nn.Module, images: Tensor, targets: Tensor, enabled: bool) ->
     return run
 
 
-def _text(result: dict[str, Any]) -> str:
-    setting, seconds = result["setting"], result["seconds"]
-    batch, size = setting["batch_size"], setting["image_size"]
+def _text(opt: ChildStepOptions, params: dict[str, int], seconds: dict[str, list[float]]) -> str:
     rows = [
         [
             name,
-            f"{result['params'][name]:,}",
-            machine.spread(times, 3),
-            machine.spread(machine.ratios(seconds, "textbook")[name]),
-            machine.spread([batch / t for t in times], 0),
+            f"{params[name]:,}",
+            record.spread(times, 3),
+            record.spread(record.ratios(seconds, "textbook")[name]),
+            record.spread([opt.batch_size / t for t in times], 0),
         ]
         for name, times in seconds.items()
     ]
     head = ["network", "parameters", "s a step", "times faster than textbook", "images a second"]
     return (
-        f"One retraining step of {setting['genotype']}, C = {setting['init_channels']}, {setting['layers']} cells, "
-        f"batch {batch}, {size}x{size}, float32; n = {len(seconds['ours'])} steps in turns, "
-        f"median (lowest to highest).\n\n"
-        f"{machine.table(head, rows)}"
+        f"One retraining step of {opt.genotype}, C = {opt.init_channels}, {opt.layers} cells, batch {opt.batch_size}, "
+        f"{opt.image_size}x{opt.image_size}, float32; n = {opt.rounds} steps in turns, "
+        f"median (lowest to highest).\n\n{record.table(head, rows)}"
     )
 
 

@@ -8,7 +8,6 @@ where nothing is decided (alpha = 0) and where most is (alpha drawn from a norma
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,26 +15,25 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import nn
 
 import options
-from benchmarks import machine
+from benchmarks import record
+from benchmarks.record import Recorded
 from resources import budget, cost
 from sampling import Z, concrete_sample
 
 
 @dataclass(frozen=True)
-class EstimatorOptions:
+class EstimatorOptions(Recorded):
     """What is sampled."""
 
     draws: PositiveInt = 4000
     """Z drawn for each figure."""
     temperatures: list[PositiveFloat] = field(default_factory=lambda: [1.0, 0.3, 0.03])
     """Of the Concrete distribution."""
-    out: str = "docs"
-    """Where the page is."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure and publish; returns the content of the JSON file."""
-    opt = options.parse(EstimatorOptions, argv, "python -m benchmarks.estimators", __doc__ or "")
+    opt = record.parse(EstimatorOptions, argv, "estimators", __doc__)
     table = cost.tables("snas", 4, cost.Deployed(16, 8, (32, 32), 10))["params"]
     rows = []
     for state, deviation in (("undecided", 0.0), ("decided", 2.0)):
@@ -59,11 +57,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         "noise": (noise.norm() / exact.norm()).item(),
                     }
                 )
-    result = {
-        "machine": machine.describe("estimators", argv),
-        "draws": opt.draws,
-        "rows": rows,
-    }
     head = ["alpha", "estimator", "T", "bias", "standard deviation of one draw"]
     cells = [
         [r["alpha"], r["estimator"], r["temperature"] or "-", f"{r['bias']:.3f}", f"{r['noise']:.2f}"] for r in rows
@@ -71,10 +64,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     text = (
         "Of the gradient of E[params] of 8 cells, C = 16, relative to its norm; "
         f"n = {opt.draws} draws, so that a bias below {1.5 / opt.draws**0.5:.3f} times the deviation is none.\n\n"
-        + machine.table(head, cells)
+        + record.table(head, cells)
     )
-    machine.publish("estimators", result, text, Path(opt.out), "budget")
-    return result
+    return record.publish("estimators", argv, opt, {"rows": rows}, text, topic="budget")
 
 
 def _gradient(estimate: Any, table: cost.Table, alphas: list[nn.Parameter], z: Z) -> torch.Tensor:

@@ -20,7 +20,9 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 import options
-from benchmarks import machine
+import utils
+from benchmarks import record
+from benchmarks.record import Rounds
 from loading import images
 
 CODE = """
@@ -39,7 +41,7 @@ main.main(sys.argv[1:])
 
 
 @dataclass(frozen=True)
-class FirstOptions:
+class FirstOptions(Rounds):
     """What is measured."""
 
     dataset: str = "dataset"
@@ -50,41 +52,31 @@ class FirstOptions:
     """The recipe of main.py."""
     image_size: PositiveInt | None = None
     """Side in pixels, instead of the recipe's."""
-    rounds: PositiveInt = 5
-    """Starts of each kind, in turns."""
-    out: str = "docs"
-    """Where performance.md and performance/ are."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
-    opt = options.parse(FirstOptions, argv, "python -m benchmarks.first_step", __doc__ or "")
+    opt = record.parse(FirstOptions, argv, "first_step", __doc__)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         files = _link(Path(opt.dataset), root / "images", opt.copies)
-        seconds: dict[str, list[float]] = {"cold": [], "warm": []}
-        _start(opt, root, "unused")  # the kernels are compiled, the files are in memory
-        for _ in range(opt.rounds):
+
+        def cold() -> float:
             for path in (root / "cache").glob("*"):
                 path.unlink()
-            for kind, times in seconds.items():
-                times.append(_start(opt, root, kind))
-    result = {
-        "machine": machine.describe("first_step", argv),
-        "files": files,
-        "preset": opt.preset,
-        "image_size": opt.image_size,
-        "seconds": seconds,
-    }
+            return _start(opt, root)
+
+        contenders = {"cold": cold, "warm": lambda: _start(opt, root)}
+        utils.in_turns(contenders, 1)  # the kernels are compiled, the files are in memory
+        seconds = utils.in_turns(contenders, opt.rounds)
     side = f" --image_size {opt.image_size}" if opt.image_size else ""
-    rows = [[kind, machine.spread(times, 1)] for kind, times in seconds.items()]
+    rows = [[kind, record.spread(times, 1)] for kind, times in seconds.items()]
     text = (
         f"Seconds from the start of `main.py --config {opt.preset}{side}` to the end of its first training step on "
         f"{files:,} image files; n = {opt.rounds}, median (lowest to highest).\n\n"
-        f"{machine.table(['decoded images', 's'], rows)}"
+        f"{record.table(['decoded images', 's'], rows)}"
     )
-    machine.publish("first_step", result, text, Path(opt.out))
-    return result
+    return record.publish("first_step", argv, opt, {"files": files, "seconds": seconds}, text)
 
 
 def _link(source: Path, target: Path, copies: int) -> int:
@@ -98,13 +90,13 @@ def _link(source: Path, target: Path, copies: int) -> int:
     return len(folder.files) * copies
 
 
-def _start(opt: FirstOptions, root: Path, kind: str) -> float:
+def _start(opt: FirstOptions, root: Path) -> float:
     arguments = [f"--config={opt.preset}", f"--dataset={root / 'images'}", f"--experiments_dir={root / 'experiments'}"]
     arguments += [f"--image_size={opt.image_size}"] if opt.image_size else []
-    arguments += [f"--cache_dir={root / 'cache'}", f"--name={kind}_{time.time_ns()}"]
+    arguments += [f"--cache_dir={root / 'cache'}", f"--name=start_{time.time_ns()}"]
     start = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", CODE, *arguments], cwd=record.ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
     end = next(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("FIRST"))
     return end - start

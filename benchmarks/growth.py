@@ -10,13 +10,12 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
-
 import options
-from benchmarks import machine, search_step
+import utils
+from benchmarks import record, search_step
+from benchmarks.record import Rounds
 
 SIZES = {
     "batch_size": [16, 32, 64, 128],
@@ -27,48 +26,41 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class GrowthOptions:
+class GrowthOptions(Rounds):
     """What is measured."""
 
-    rounds: PositiveInt = 5
-    """Steps of each size."""
     device: str = "auto"
     """As for main.py."""
-    out: str = "docs"
-    """Where performance.md and performance/ are."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
-    opt = options.parse(GrowthOptions, argv, "python -m benchmarks.growth", __doc__ or "")
-    result: dict[str, Any] = {"machine": machine.describe("growth", argv)}
+    opt = record.parse(GrowthOptions, argv, "growth", __doc__)
+    figures: dict[str, Any] = {}
     rows = []
     for name, sizes in SIZES.items():
         base = search_step.StepOptions(device=opt.device, **_BASE)  # type: ignore[arg-type]
-        settings = [dataclasses.replace(base, **{name: size}) for size in sizes]  # type: ignore[arg-type]
-        workers = {getattr(setting, name): search_step.Worker(setting, "ours") for setting in settings}
-        seconds: dict[int, list[float]] = {size: [] for size in workers}
-        for _ in range(opt.rounds):
-            for size, worker in workers.items():
-                seconds[size].append(worker.step())
+        workers = {
+            size: search_step.start(dataclasses.replace(base, **{name: size}), "ours")  # type: ignore[arg-type]
+            for size in sizes
+        }
+        seconds = utils.in_turns({size: worker.step for size, worker in workers.items()}, opt.rounds)
         alone = [worker.stop() for worker in workers.values()]
-        medians = [statistics.median(times) for times in seconds.values()]
-        work = [own["flops"] for own in alone]
-        memory = [own["peak_bytes"] - own["before_bytes"] for own in alone]
+        measured = {
+            "seconds": [statistics.median(times) for times in seconds.values()],
+            "flops": [own["flops"] for own in alone],
+            "memory": [own["peak_bytes"] - own["before_bytes"] for own in alone],
+        }
         x = [size**2 for size in sizes] if name == "image_size" else sizes
-        slopes = {"seconds": machine.slope(x, medians), "flops": machine.slope(x, work)}
-        slopes |= {"memory": machine.slope(x, memory)}
-        result[name] = {"sizes": sizes, "seconds": seconds, "flops": work, "memory": memory, "slopes": slopes}
+        slopes = {what: record.slope(x, values) for what, values in measured.items()}
+        figures[name] = {"sizes": sizes, **measured, "seconds": seconds, "slopes": slopes}
         shown = "pixels" if name == "image_size" else name
-        times = ", ".join(f"{t:.2f}" for t in medians)
-        rows.append(
-            [shown, ", ".join(map(str, x)), times, *(f"{slopes[k]:.2f}" for k in ("seconds", "flops", "memory"))]
-        )
+        times = ", ".join(f"{t:.2f}" for t in measured["seconds"])
+        rows.append([shown, ", ".join(map(str, x)), times, *(f"{value:.2f}" for value in slopes.values())])
     start = ", ".join(f"{k} {v}" for k, v in _BASE.items())
     head = ["of", "sizes", "s a step", "slope of time", "slope of multiply-adds", "slope of memory"]
-    text = f"From {start}; medians of n = {opt.rounds}, sizes in turns.\n\n{machine.table(head, rows)}"
-    machine.publish("growth", result, text, Path(opt.out))
-    return result
+    text = f"From {start}; medians of n = {opt.rounds}, sizes in turns.\n\n{record.table(head, rows)}"
+    return record.publish("growth", argv, opt, figures, text)
 
 
 _BASE = {"batch_size": 32, "layers": 8, "init_channels": 16, "image_size": 32}

@@ -7,23 +7,24 @@ Both give the same: random crops with padding, mirrored at random, normalised fl
 of each in turn; decoding beforehand is counted apart, as it happens once.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 import options
-from benchmarks import machine
+from benchmarks import record, runner
+from benchmarks.record import Rounds
 from loading.batches import Data
 from options.default_option import DataOptions
 
 
 @dataclass(frozen=True)
-class PipelineOptions:
+class PipelineOptions(Rounds):
     """What is compared."""
 
     dataset: str = "dataset"
@@ -34,15 +35,11 @@ class PipelineOptions:
     """Images."""
     workers: NonNegativeInt = 2
     """Processes of the contender's DataLoader; it is measured without any too."""
-    rounds: PositiveInt = 10
-    """Epochs of each that count."""
-    out: str = "docs"
-    """Where performance.md and performance/ are."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
-    opt = options.parse(PipelineOptions, argv, "python -m benchmarks.input_pipeline", __doc__ or "")
+    opt = record.parse(PipelineOptions, argv, "input_pipeline", __doc__)
     run = DataOptions(
         dataset=opt.dataset, image_size=opt.image_size, train_portion=0.9, test_portion=0.0, max_ram_gb=64
     )
@@ -59,17 +56,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     contenders: dict[str, Callable[[], None]] = {"ImageFolder": _image_folder(opt, data, 0)}
     if opt.workers:
         contenders[f"ImageFolder, {opt.workers} workers"] = _image_folder(opt, data, opt.workers)
-    seconds = machine.alternate(contenders | {"ours": ours}, opt.rounds, device)
-    result = {
-        "machine": machine.describe("input_pipeline", argv),
-        "images": images,
-        "size": opt.image_size,
-        "decoding": decoding,
-        "seconds": seconds,
-        "ratios": machine.ratios(seconds, "ImageFolder"),
-    }
-    machine.publish("input_pipeline", result, _text(opt, result), Path(opt.out))
-    return result
+    seconds = runner.in_turns(contenders | {"ours": ours}, opt.rounds, device)
+    figures = {"images": images, "channels": data.info.channels, "decoding": decoding, "seconds": seconds}
+    return record.publish("input_pipeline", argv, opt, figures, _text(opt, **figures))
 
 
 def _image_folder(opt: PipelineOptions, data: Data, workers: int) -> Callable[[], None]:
@@ -78,12 +67,13 @@ def _image_folder(opt: PipelineOptions, data: Data, workers: int) -> Callable[[]
     from torchvision import datasets, transforms
 
     steps = [
+        *([transforms.Grayscale()] if data.info.channels == 1 else []),  # as ours: ImageFolder makes three
         transforms.Resize(opt.image_size),
         transforms.CenterCrop(opt.image_size),
         transforms.RandomCrop(opt.image_size, padding=4),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
-        transforms.Normalize([0.5] * 3, [0.25] * 3),
+        transforms.Normalize(data.info.mean, data.info.std),
     ]
     folder = datasets.ImageFolder(opt.dataset, transforms.Compose(steps))
     chosen = Subset(folder, data.indices["train"].tolist())
@@ -96,16 +86,20 @@ def _image_folder(opt: PipelineOptions, data: Data, workers: int) -> Callable[[]
     return epoch
 
 
-def _text(opt: PipelineOptions, result: dict[str, Any]) -> str:
+def _text(opt: PipelineOptions, images: int, channels: int, decoding: float, seconds: dict[str, list[float]]) -> str:
     rows = [
-        [name, f"{result['images'] / sorted(times)[len(times) // 2]:,.0f}", machine.spread(result["ratios"][name], 1)]
-        for name, times in result["seconds"].items()
+        [
+            name,
+            f"{images / statistics.median(times):,.0f}",
+            record.spread(record.ratios(seconds, "ImageFolder")[name], 1),
+        ]
+        for name, times in seconds.items()
     ]
     return (
-        f"Batches of {opt.batch_size} from {result['images']:,} training images of `{opt.dataset}` at "
-        f"{opt.image_size}x{opt.image_size}, cropped, mirrored, normalised; n = {opt.rounds} epochs in turns.\n\n"
-        f"{machine.table(['pipeline', 'images a second', 'times ImageFolder'], rows)}\n\n"
-        f"Reading, splitting and decoding, once before the first step: {result['decoding']:.1f} s."
+        f"Batches of {opt.batch_size} from {images:,} training images of `{opt.dataset}` at {opt.image_size}x"
+        f"{opt.image_size}x{channels}, cropped, mirrored, normalised; n = {opt.rounds} epochs in turns.\n\n"
+        f"{record.table(['pipeline', 'images a second', 'times ImageFolder'], rows)}\n\n"
+        f"Reading, splitting and decoding, once before the first step: {decoding:.1f} s."
     )
 
 

@@ -3,11 +3,10 @@
     python -m benchmarks.pareto --measure params --budgets='[45000, 70000, 100000]' --seeds 3
 
 Each is a run of main_constraint.py; finished ones are skipped, interrupted ones go on. A search without a budget
-(--eta 0) of every seed is run for comparison, unless --free False. Writes MEASURE.json, MEASURE.md and the picture
-MEASURE.png to --out.
+(--eta 0) of every seed is run for comparison, unless --free False. Writes docs/budget.md, and beside it the
+figures as budget/MEASURE.json and the picture budget/MEASURE.png.
 """
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,15 +17,18 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 import main_constraint
 import options
-from benchmarks import machine
+from benchmarks import record
+from benchmarks.record import Recorded
 from options.constraint_option import ConstraintOptions
 from resources import cost
 from training import checkpoint
 from training.run import check_same_options
 
+Runs = list[dict[str, Any]]
+
 
 @dataclass(frozen=True)
-class ParetoOptions:
+class ParetoOptions(Recorded):
     """What is swept."""
 
     measure: Literal["params", "flops", "mac", "latency_ms"] = "params"
@@ -43,31 +45,20 @@ class ParetoOptions:
     """Further options of main_constraint.py, e.g. --options='[--image_size=14]'."""
     experiments_dir: str = "experiments"
     """Where the searches go, as pareto_MEASURE_BUDGET_SEED."""
-    out: str = "docs/budget"
-    """Folder of the results, MEASURE.json, .md and .png."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write table and picture; returns the content of the JSON file."""
-    opt = options.parse(ParetoOptions, argv, "python -m benchmarks.pareto", __doc__ or "")
+    opt = record.parse(ParetoOptions, argv, "pareto", __doc__)
     runs = [
         _one(opt, budget, seed)
         for budget in [*([None] if opt.free else []), *sorted(opt.budgets, reverse=True)]
         for seed in range(opt.seeds)
     ]
-    result = {
-        "machine": machine.describe("pareto", argv),
-        "measure": opt.measure,
-        "recipe": " ".join([opt.preset, *opt.options]),
-        "runs": runs,
-    }
-    out = Path(opt.out) / opt.measure
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Path(f"{out}.md").write_text(_markdown(result, f"{out.name}.png"), encoding="utf-8")
-    _draw(result, Path(f"{out}.png"))
-    print(f"written  {out}.md, {out}.json, {out}.png")
-    return result
+    picture = Path(opt.out) / "budget" / f"{opt.measure}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    _draw(opt.measure, runs, picture)
+    return record.publish("pareto", argv, opt, {"runs": runs}, _text(opt, runs), opt.measure, "budget")
 
 
 def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
@@ -97,31 +88,30 @@ def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
     }
 
 
-def _groups(result: dict[str, Any]) -> list[tuple[float | None, list[dict[str, Any]]]]:
-    budgets = list(dict.fromkeys(run["budget"] for run in result["runs"]))
-    return [(budget, [run for run in result["runs"] if run["budget"] == budget]) for budget in budgets]
+def _groups(runs: Runs) -> list[tuple[float | None, Runs]]:
+    budgets = list(dict.fromkeys(run["budget"] for run in runs))
+    return [(budget, [run for run in runs if run["budget"] == budget]) for budget in budgets]
 
 
-def _markdown(result: dict[str, Any], picture: str) -> str:
+def _text(opt: ParetoOptions, every: Runs) -> str:
     rows = []
-    for budget, runs in _groups(result):
+    for budget, runs in _groups(every):
         children = ", ".join(cost.show(run["child"]) for run in runs)
         used = "-" if budget is None else ", ".join(f"{100 * run['child'] / budget:.1f} %" for run in runs)
         accuracies = [run["child_valid_acc"] for run in runs]
         spread = f" (sd {statistics.stdev(accuracies):.2f})" if len(runs) > 1 else ""
         shown = "none" if budget is None else cost.show(budget)
         rows.append([shown, len(runs), children, used, f"{statistics.mean(accuracies):.2f} %{spread}"])
-    head = [f"budget, {result['measure']}", "n", "the children", "of the budget", "child accuracy, mean"]
-    about = result["machine"]
+    head = [f"budget, {opt.measure}", "n", "the children", "of the budget", "child accuracy, mean"]
+    recipe = " ".join([opt.preset, *opt.options])
     return (
-        f"# Budgets on {result['measure']}\n\nEvery child is that of a search with `{result['recipe']}` and its own "
-        "seed; accuracy is that on the validation split with the supernet's weights, without retraining.\n\n"
-        f"{machine.table(head, rows)}\n\n![children and budgets]({picture})\n\n"
-        f"`{about['command']}`, {about['processor']}, torch {about['torch']}, commit {about['commit']}\n"
+        f"Every child is that of a search with `{recipe}` and its own seed; accuracy is that on the validation split "
+        f"with the supernet's weights, without retraining.\n\n{record.table(head, rows)}\n\n"
+        f"![children and budgets](budget/{opt.measure}.png)"
     )
 
 
-def _draw(result: dict[str, Any], path: Path) -> None:
+def _draw(measure: str, every: Runs, path: Path) -> None:
     """Accuracy of every child over its cost, budgets as lines."""
     try:
         from matplotlib.figure import Figure
@@ -130,16 +120,16 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         raise options.UserError("the picture needs matplotlib: pip install -r requirements-dev.txt") from None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for number, (budget, runs) in enumerate(_groups(result)):
+    for number, (budget, runs) in enumerate(_groups(every)):
         color, label = f"C{number}", "no budget" if budget is None else f"budget {cost.show(budget)}"
         axes.scatter(
             [r["child"] for r in runs], [r["child_valid_acc"] for r in runs], color=color, label=label, zorder=3
         )
         if budget is not None:
             axes.axvline(budget, color=color, linestyle="--", linewidth=1)
-    axes.set_xlabel(f"{result['measure']} of the derived child")
+    axes.set_xlabel(f"{measure} of the derived child")
     axes.set_ylabel("validation accuracy of the child, %")
-    if result["measure"] != "latency_ms":
+    if measure != "latency_ms":
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4)

@@ -2,11 +2,10 @@
 
     python -m benchmarks.random_baseline --experiment quick
 
-Runs that are finished are skipped, interrupted ones go on. Writes docs/random_baseline.json and .md.
+Runs that are finished are skipped, interrupted ones go on. Writes docs/child.md and docs/child/random_baseline.json.
 """
 
 import json
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from jsonargparse.typing import PositiveInt
 
 import options
 import retrain
+from benchmarks import record
+from benchmarks.record import Recorded
 from genotypes import Genotype
 from options import UserError
 from options.child_option import ChildOptions
@@ -25,7 +26,7 @@ from training.run import check_same_options
 
 
 @dataclass(frozen=True)
-class BaselineOptions:
+class BaselineOptions(Recorded):
     """What is compared."""
 
     experiment: str = "quick"
@@ -38,15 +39,12 @@ class BaselineOptions:
     """Random cells, each retrained once with its own seed."""
     experiments_dir: str = "experiments"
     """Where the search lies and the retrainings go, as EXPERIMENT_found_SEED and EXPERIMENT_random_SEED."""
-    out: str = "docs/random_baseline"
-    """The results, without ending."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write the table; returns the content of the JSON file."""
-    opt = options.parse(BaselineOptions, argv, "python -m benchmarks.random_baseline", __doc__ or "")
+    opt = record.parse(BaselineOptions, argv, "random_baseline", __doc__)
     cell = _cell(opt)
-    Path(opt.out).parent.mkdir(parents=True, exist_ok=True)
     found = [_one(opt, f"found_{seed}", seed, ["--genotype", opt.experiment]) for seed in range(opt.seeds)]
     if any(figures.pop("genotype") != cell.to_dict() for figures in found):
         raise UserError(f"the finished retrainings are of another cell than --experiment {opt.experiment} has now")
@@ -56,18 +54,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     drawn = [
         _one(opt, f"random_{seed}", seed, ["--genotype", f"random:{seed}", *matched]) for seed in range(opt.random)
     ]
-    result = {
-        "command": "python -m benchmarks.random_baseline",
-        "experiment": opt.experiment,
-        "recipe": opt.preset,
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "found": found,
-        "random": [{k: v for k, v in figures.items() if k != "genotype"} for figures in drawn],
-    }
-    Path(f"{opt.out}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Path(f"{opt.out}.md").write_text(_markdown(opt, result), encoding="utf-8")
-    print(f"written  {opt.out}.md, {opt.out}.json")
-    return result
+    cells = {"found": found, "random": drawn}
+    for figures in drawn:
+        del figures["genotype"]
+    return record.publish("random_baseline", argv, opt, cells, _text(opt, cells), topic="child")
 
 
 def _cell(opt: BaselineOptions) -> Genotype:
@@ -101,36 +91,23 @@ def _one(opt: BaselineOptions, name: str, seed: int, genotype: list[str]) -> dic
     }
 
 
-def _markdown(opt: BaselineOptions, result: dict[str, Any]) -> str:
-    lines = [
-        "# The found cell against random ones",
-        "",
-        f"Every row was retrained from scratch with `{opt.preset}` on the same images and tested once on the same "
-        f"{result['found'][0]['test_images']} images that neither search nor training saw. Random cells are uniform "
-        "over the search space, drawn until their child has the found one's number of parameters, give or take 5 %.",
-        "",
-        f"    {result['command']} --experiment {opt.experiment} --seeds {opt.seeds} --random {opt.random}",
-        "",
-        "| cell | n | test accuracy, mean | sd | lowest | highest | parameters | Mflops |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for label, kind in ((f"found by `{opt.experiment}`", "found"), ("random", "random")):
-        rows = result[kind]
-        acc = [row["acc"] for row in rows]
-        spread = f"{statistics.stdev(acc):.2f}" if len(acc) > 1 else "-"
-        lines.append(
-            f"| {label} | {len(acc)} | {statistics.mean(acc):.2f} % | {spread} | {min(acc):.2f} % | {max(acc):.2f} % | "
-            f"{statistics.mean(row['params'] for row in rows):,.0f} | "
-            f"{statistics.mean(row['flops'] for row in rows) / 1e6:.2f} |"
-        )
-    count = result["found"][0]["test_images"]
-    lines += [
-        "",
-        f"One standard error of an accuracy of 85 % on {count} images is "
-        f"{100 * (0.85 * 0.15 / count) ** 0.5:.1f} points. "
-        "The n of the first row are seeds of one cell, those of the second are cells.",
-    ]
-    return "\n".join(lines) + "\n"
+def _text(opt: BaselineOptions, cells: dict[str, list[dict[str, Any]]]) -> str:
+    rows = []
+    for kind, figures in cells.items():
+        acc = [row["acc"] for row in figures]
+        sd = f"{statistics.stdev(acc):.2f}" if len(acc) > 1 else "-"
+        params, flops = (statistics.mean(row[measure] for row in figures) for measure in ("params", "flops"))
+        accuracies = [f"{statistics.mean(acc):.2f} %", sd, f"{min(acc):.2f} %", f"{max(acc):.2f} %"]
+        rows.append([kind, len(acc), *accuracies, f"{params:,.0f}", f"{flops / 1e6:.2f}"])
+    count = cells["found"][0]["test_images"]
+    head = ["cell", "n", "test accuracy, mean", "sd", "lowest", "highest", "parameters", "Mflops"]
+    return (
+        f"The cell found by `{opt.experiment}` and random ones, uniform over the search space, drawn until their child "
+        f"has its number of parameters, give or take 5 %. Each was retrained from scratch with `{opt.preset}` on the "
+        f"same images and tested once on the same {count} images that neither search nor training saw. The n of the "
+        f"first row are seeds of one cell, those of the second are cells; one standard error of an accuracy of 85 % on "
+        f"{count} images is {100 * (0.85 * 0.15 / count) ** 0.5:.1f} points.\n\n{record.table(head, rows)}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import options
-from benchmarks import machine
+from benchmarks import record
+from benchmarks.record import Rounds
 from model_search import Network
 from training import loop
 
 
 @dataclass(frozen=True)
-class ScalingOptions:
+class ScalingOptions(Rounds):
     """What is measured."""
 
     processes: PositiveInt = 2
@@ -42,10 +42,6 @@ class ScalingOptions:
     """Images of a process."""
     image_size: PositiveInt = 32
     """Side in pixels."""
-    rounds: PositiveInt = 10
-    """Steps that count."""
-    out: str = "docs"
-    """Where performance.md and performance/ are."""
 
 
 class _Sampling(nn.Module):
@@ -62,7 +58,7 @@ class _Sampling(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
-    opt = options.parse(ScalingOptions, argv, "python -m benchmarks.scaling", __doc__ or "")
+    opt = record.parse(ScalingOptions, argv, "scaling", __doc__)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -71,20 +67,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for count in (1, opt.processes):
         mp.spawn(_work, (opt, count, address, queue), nprocs=count)  # type: ignore[attr-defined]
         rates[str(count)] = [count * opt.batch_size / seconds for seconds in queue.get()]
-    result = {
-        "machine": machine.describe("scaling", argv),
-        "setting": {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "rounds")},
-        "images_per_second": rates,
-    }
     one = statistics.median(rates["1"])
-    rows = [[n, machine.spread(values, 1), f"{statistics.median(values) / one:.2f}"] for n, values in rates.items()]
+    rows = [[n, record.spread(values, 1), f"{statistics.median(values) / one:.2f}"] for n, values in rates.items()]
     text = (
         f"C = {opt.init_channels}, {opt.layers} cells, batch {opt.batch_size} a process, {opt.image_size}x"
         f"{opt.image_size}, one thread a process; n = {opt.rounds} steps, median (lowest to highest), one after the "
-        f"other.\n\n{machine.table(['processes', 'images a second', 'times one'], rows)}"
+        f"other.\n\n{record.table(['processes', 'images a second', 'times one'], rows)}"
     )
-    machine.publish("scaling", result, text, Path(opt.out))
-    return result
+    return record.publish("scaling", argv, opt, {"images_per_second": rates}, text)
 
 
 def _work(rank: int, opt: ScalingOptions, count: int, address: str, queue: Any) -> None:

@@ -22,10 +22,6 @@ where forward(images) -> logits samples its own Z, and thetas and alphas are lis
 """
 
 import importlib.util
-import json
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import options
 import sampling
 import utils
-from benchmarks import machine
+from benchmarks import record, runner
+from benchmarks.record import Rounds
 from benchmarks.textbook import Textbook
 from fused import operation as kernels
 from model_search import Network
@@ -53,7 +50,7 @@ Contender = tuple[Callable[[Tensor], Tensor], list[nn.Parameter], list[nn.Parame
 
 
 @dataclass(frozen=True)
-class StepOptions:
+class StepOptions(Rounds):
     """What is compared."""
 
     contenders: list[Name] = field(default_factory=lambda: ["textbook", "ours", "recompute", "plain"])
@@ -68,39 +65,46 @@ class StepOptions:
     """Images."""
     image_size: PositiveInt = 32
     """Side in pixels."""
-    rounds: PositiveInt = 10
-    """Steps of each contender that count."""
     device: str = "auto"
     """As for main.py."""
-    out: str = "docs"
-    """Where performance.md and performance/ are."""
     alone: str | None = None
     """Run this contender's steps as they are asked for on standard input; used by the benchmark itself."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
-    opt = options.parse(StepOptions, argv, "python -m benchmarks.search_step", __doc__ or "")
+    opt = record.parse(StepOptions, argv, "search_step", __doc__)
     device = utils.pick_device(opt.device)
     if opt.alone:
-        return _work(opt, opt.alone, device)
+        name = opt.alone
+        return runner.serve(lambda: make_step(opt, name, device), lambda step: _count(opt, name, step, device), device)
     names: list[str] = [*opt.contenders]
     if opt.external:
         _external(opt)
         names.append("external")
     if len(names) < 2:
         raise UserError(f"--contenders {names} has nothing to compare")
-    pairs = {name: _in_turns(opt, names[0], name) for name in names[1:]}
-    result = {
-        "machine": machine.describe("search_step", argv),
-        "setting": {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "rounds")},
-        "bandwidth": machine.copy_bandwidth(device),
-        "matmul": machine.matmul_rate(device),
-        "first": names[0],
-        "pairs": pairs,
+    figures = {
+        "bandwidth": runner.copy_bandwidth(device),
+        "matmul": runner.matmul_rate(device),
+        "pairs": {name: _in_turns(opt, names[0], name) for name in names[1:]},
     }
-    machine.publish(machine.on_this("search_step"), result, _text(result), Path(opt.out))
-    return result
+    text = _text(opt, names[0], figures)
+    return record.publish("search_step", argv, opt, figures, text, record.on_this("search_step"))
+
+
+def start(opt: StepOptions, name: str) -> runner.Worker:
+    """A contender in a process of its own."""
+    values = {key: getattr(opt, key) for key in ("init_channels", "layers", "batch_size", "image_size", "device")}
+    external = {"external": opt.external} if opt.external else {}
+    return runner.Worker("benchmarks.search_step", {"alone": name} | values | external)
+
+
+def _in_turns(opt: StepOptions, first: str, second: str) -> dict[str, Any]:
+    """Two contenders that take turns, each in its process."""
+    workers = {name: start(opt, name) for name in (first, second)}
+    seconds = utils.in_turns({name: worker.step for name, worker in workers.items()}, opt.rounds)
+    return {"seconds": seconds, "alone": {name: worker.stop() for name, worker in workers.items()}}
 
 
 def make_contender(opt: StepOptions, name: str, device: torch.device) -> Contender:
@@ -152,11 +156,8 @@ def make_step(opt: StepOptions, name: str, device: torch.device) -> Callable[[],
     targets = torch.randint(0, 10, (opt.batch_size,), device=device)
 
     def step() -> None:
-        before, kernels.enabled = kernels.enabled, name != "plain"
-        try:
+        with kernels.switched(name != "plain"):
             loop.update(F.cross_entropy(forward(images), targets), [(sgd, 5.0), (adam, 10.0)])
-        finally:
-            kernels.enabled = before
 
     return step
 
@@ -199,121 +200,50 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _work(opt: StepOptions, name: str, device: torch.device) -> dict[str, Any]:
-    """A contender's process: for every line of input one step and its seconds, then what else there is to measure."""
-    base = _peak(device)
-    step = make_step(opt, name, device)
-    for _ in range(2):
+def _count(opt: StepOptions, name: str, step: Callable[[], None], device: torch.device) -> dict[str, Any]:
+    """Kernels, bytes and multiply-adds of a step."""
+    if name == "compiled":  # its kernels are the compiler's
+        return {}
+    count = _Count()
+    kernels._call = count.call
+    with count:
         step()
-    print("ready", flush=True)
-    for _ in iter(sys.stdin.readline, "\n"):
-        print(machine.timed(step, device), flush=True)
-    result: dict[str, Any] = {"peak_bytes": _peak(device), "before_bytes": base}
-    if name != "compiled":  # its kernels are the compiler's
-        count = _Count()
-        kernels._call = count.call
-        with count:
-            step()
-        kernels._call = _call
-        result |= {"kernels": count.kernels, "bytes": count.bytes, "flops": _flops(opt, name, device)}
-    print(json.dumps(result), flush=True)
-    return result
-
-
-class Worker:
-    """A contender in a process of its own: its memory and its allocator are its alone."""
-
-    def __init__(self, opt: StepOptions, name: str) -> None:
-        values = {k: getattr(opt, k) for k in ("init_channels", "layers", "batch_size", "image_size", "device")}
-        values |= {"alone": name} | ({"external": opt.external} if opt.external else {})
-        command = [sys.executable, "-m", "benchmarks.search_step", *(f"--{k}={v}" for k, v in values.items())]
-        self._process = subprocess.Popen(
-            command, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._read()  # ready
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError("a contender's process died, see above; with less --batch_size it may fit into memory")
-        return line
-
-    def _write(self, text: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(text)
-        self._process.stdin.flush()
-
-    def step(self) -> float:
-        """Seconds of a step."""
-        self._write("step\n")
-        return float(self._read())
-
-    def stop(self) -> dict[str, Any]:
-        """Peak memory, kernels, bytes and multiply-adds of a step."""
-        with self._process:
-            self._write("\n")
-            result: dict[str, Any] = json.loads(self._read())
-        return result
-
-
-def _in_turns(opt: StepOptions, first: str, second: str) -> dict[str, Any]:
-    """Two contenders that take turns, each in its process."""
-    workers = {name: Worker(opt, name) for name in (first, second)}
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in range(opt.rounds):
-        for name, worker in workers.items():
-            seconds[name].append(worker.step())
-    return {"seconds": seconds, "alone": {name: worker.stop() for name, worker in workers.items()}}
+    kernels._call = _call
+    return {"kernels": count.kernels, "bytes": count.bytes, "flops": _flops(opt, name, device)}
 
 
 def _flops(opt: StepOptions, name: str, device: torch.device) -> int:
     """Multiply-adds of a step: three times those of the forward pass, in each contender's own operations."""
     forward, _, _ = make_contender(opt, name, device)
-    kernels.enabled = False  # the counter does not see into them
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # the counter does not see into the kernels
+    with kernels.switched(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward(torch.zeros(opt.batch_size, 3, opt.image_size, opt.image_size, device=device))
-    kernels.enabled = True
     return 3 * counter.get_total_flops() // 2
 
 
-def _peak(device: torch.device) -> int:
-    """The most memory that this process has had, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # getrusage counts what the parent had before it started this process
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _text(result: dict[str, Any]) -> str:
-    setting, first, pairs = result["setting"], result["first"], result["pairs"]
+def _text(opt: StepOptions, first: str, figures: dict[str, Any]) -> str:
+    pairs, bandwidth, matmul = figures["pairs"], figures["bandwidth"], figures["matmul"]
     speed, limits = [], []
-    everyone = {first: next(iter(pairs.values()))} | pairs
-    for name, pair in everyone.items():
+    for name, pair in ({first: next(iter(pairs.values()))} | pairs).items():
         times, own, others = pair["seconds"][name], pair["alone"][name], pair["alone"][first]
-        ratio = machine.spread(machine.ratios(pair["seconds"], first)[name])
+        ratio = record.spread(record.ratios(pair["seconds"], first)[name])
         share = f"1/{others['peak_bytes'] / own['peak_bytes']:.1f}"
         launches = f"{own['kernels']:,}" if "kernels" in own else "-"
-        speed.append([name, machine.spread(times), ratio, f"{own['peak_bytes'] / 1e9:.2f} GB", share, launches])
+        speed.append([name, record.spread(times), ratio, f"{own['peak_bytes'] / 1e9:.2f} GB", share, launches])
         if "bytes" in own:
-            memory, arithmetic = own["bytes"] / result["bandwidth"], own["flops"] / result["matmul"]
+            memory, arithmetic = own["bytes"] / bandwidth, own["flops"] / matmul
             row = [name, f"{own['flops'] / 1e9:.0f} G", f"{own['bytes'] / 1e9:.0f} GB"]
             row += [f"{own['flops'] / own['bytes']:.1f}", f"{arithmetic:.2f} s", f"{memory:.2f} s"]
             limits.append([*row, f"{min(times) / max(memory, arithmetic):.1f}"])
     head = ["contender", "s a step", f"times faster than {first}", "peak memory", f"of {first}'s", "kernels a step"]
     second = ["contender", "multiply-adds", "read and written", "multiply-adds a byte"]
     second += ["arithmetic alone", "memory alone", "best time / the larger"]
-    size = f"{setting['image_size']}x{setting['image_size']}"
     return (
-        f"One search step, C = {setting['init_channels']}, {setting['layers']} cells, batch {setting['batch_size']}, "
-        f"{size}, float32; n = {setting['rounds']} steps, each in turns with {first}, median (lowest to highest).\n\n"
-        f"{machine.table(head, speed)}\n\n"
-        f"Against the limits of the machine, which copies {result['bandwidth'] / 1e9:.0f} GB/s and does "
-        f"{result['matmul'] / 1e9:.0f} G multiply-adds a second in a matrix product:\n\n"
-        f"{machine.table(second, limits)}"
+        f"One search step, C = {opt.init_channels}, {opt.layers} cells, batch {opt.batch_size}, {opt.image_size}x"
+        f"{opt.image_size}, float32; n = {opt.rounds} steps in turns with {first}, median (lowest to highest).\n\n"
+        f"{record.table(head, speed)}\n\n"
+        f"Against the limits of the machine, which copies {bandwidth / 1e9:.0f} GB/s and does "
+        f"{matmul / 1e9:.0f} G multiply-adds a second in a matrix product:\n\n{record.table(second, limits)}"
     )
 
 

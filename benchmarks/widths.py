@@ -5,18 +5,18 @@ python -m benchmarks.widths
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
 
 import options
-from benchmarks import machine, search_step
+from benchmarks import record, runner, search_step
+from benchmarks.record import Rounds
 
 
 @dataclass(frozen=True)
-class WidthOptions:
+class WidthOptions(Rounds):
     """What is compared."""
 
     cases: list[list[int]] = field(
@@ -27,17 +27,13 @@ class WidthOptions:
     """Cells."""
     batch_size: PositiveInt = 64
     """Images."""
-    rounds: PositiveInt = 10
-    """Steps of each contender that count."""
-    out: str = "docs"
-    """Where performance.md and performance/ are."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
-    opt = options.parse(WidthOptions, argv, "python -m benchmarks.widths", __doc__ or "")
+    opt = record.parse(WidthOptions, argv, "widths", __doc__)
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
-    cases = []
+    cases: list[dict[str, Any]] = []
     for channels, size in opt.cases:
         step = search_step.StepOptions(
             init_channels=channels, layers=opt.layers, batch_size=opt.batch_size, image_size=size
@@ -49,36 +45,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             ours()
             torch.set_num_threads(threads)
 
-        contenders = {"plain": plain, "ours": ours, "one thread": alone}
-        seconds = machine.alternate(contenders, opt.rounds, cpu)
+        seconds = runner.in_turns({"plain": plain, "ours": ours, "one thread": alone}, opt.rounds, cpu)
         cases.append({"init_channels": channels, "image_size": size, "seconds": seconds})
-    result = {
-        "machine": machine.describe("widths", argv),
-        "setting": {"layers": opt.layers, "batch_size": opt.batch_size, "rounds": opt.rounds},
-        "cases": cases,
-    }
-    machine.publish(machine.on_this("widths"), result, _text(result), Path(opt.out))
-    return result
-
-
-def _text(result: dict[str, Any]) -> str:
-    rows = []
-    for case in result["cases"]:
-        seconds = case["seconds"]
-        rows.append(
-            [
-                f"{case['init_channels']}, {case['image_size']}x{case['image_size']}",
-                machine.spread(seconds["ours"], 3),
-                machine.spread(machine.ratios(seconds, "plain")["ours"]),
-                machine.spread(machine.ratios(seconds, "one thread")["ours"]),
-            ]
-        )
-    setting, threads = result["setting"], result["machine"]["threads"]
+    rows = [
+        [
+            f"{case['init_channels']}, {case['image_size']}x{case['image_size']}",
+            record.spread(case["seconds"]["ours"], 3),
+            record.spread(record.ratios(case["seconds"], "plain")["ours"]),
+            record.spread(record.ratios(case["seconds"], "one thread")["ours"]),
+        ]
+        for case in cases
+    ]
     head = ["C, image", "s a step", "times faster than plain", f"{threads} threads: times faster than one"]
-    return (
-        f"One search step, {setting['layers']} cells, batch {setting['batch_size']}, float32; n = {setting['rounds']} "
-        f"steps each in turns, median (lowest to highest).\n\n{machine.table(head, rows)}"
+    text = (
+        f"One search step, {opt.layers} cells, batch {opt.batch_size}, float32; n = {opt.rounds} "
+        f"steps each in turns, median (lowest to highest).\n\n{record.table(head, rows)}"
     )
+    return record.publish("widths", argv, opt, {"cases": cases}, text, record.on_this("widths"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,12 @@ from torch import Tensor, nn
 import options
 import utils
 from child import source
+from genotypes import Genotype
 from loading.batches import Data, DataInfo
 from options import UserError
 from options.child_option import ChildOptions
 from options.export_option import ExportOptions
+from resources import latency
 from resources.cost import Deployed
 from training import checkpoint
 
@@ -80,43 +81,55 @@ def run_export(opt: ExportOptions) -> Exported:
     model = Classifier(network, info, 255 if opt.input == "uint8" else 1).eval()
     images, kind = _images(opt, content, info)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if opt.format == "onnx":
-        predict = _export_onnx(model, images, path, _metadata(info, opt))
-    else:
-        predict = _export_pt2(model, images, path, _metadata(info, opt))
-    with torch.no_grad():
-        wanted = model(images).numpy()
-    got = predict(images.numpy())
-    difference = float(np.abs(got - wanted).max())
+    write = _export_onnx if opt.format == "onnx" else _export_pt2
+    predict = write(model, images, path, _metadata(info, opt))
+    difference = _compare(model, predict, images, path)
     print(f"compared with the model on {len(images)} {kind}: largest difference of a logit {difference:.2e}")
-    if not difference <= 1e-3 * max(1.0, float(np.abs(wanted).max())):
-        path.unlink()
-        raise UserError(f"{path} computes something else than the model (difference {difference:.2e}): not kept")
-    card = {
-        "file": path.name,
-        "format": opt.format,
-        "input": f"images: {opt.input} (B, {info.channels}, {info.image_size[0]}, {info.image_size[1]}), "
-        + ("0..255" if opt.input == "uint8" else "0..1"),
-        "output": f"logits: float32 (B, {len(info.classes)})",
-        "classes": info.classes,
-        "mean": info.mean,
-        "std": info.std,
-        **Deployed.of(info, *_shape(content), content["options"]["stem"]).price(genotype),
-        "test": _test_figures(weights.parent) if content["epoch"] == content["options"]["epochs"] else None,
+    checked = {
         "largest_difference": difference,
         "compared_on": f"{len(images)} {kind}",
         "latency": _latency(predict, images[:1].numpy(), opt.format),
-        "data": content["options"]["dataset"],
-        "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
-        "epoch": content["epoch"],
-        "commit": _commit(),
-        "genotype": genotype.to_dict(),
-        "options": content["options"],
     }
+    card = _card(opt, path, content, genotype) | checked | {"test": _test_figures(content, weights.parent)}
     utils.write_atomic(cards[1], json.dumps(card, indent=1) + "\n")
     utils.write_atomic(cards[0], _markdown(card))
     print(f"written  {path}, {cards[0]}, {cards[1]}")
     return Exported(path, cards, card)
+
+
+def _compare(model: Classifier, predict: Predict, images: Tensor, path: Path) -> float:
+    """The largest difference of a logit between the file and the model; raises UserError and removes a wrong file."""
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    difference = float(np.abs(predict(images.numpy()) - wanted).max())
+    if not difference <= 1e-3 * max(1.0, float(np.abs(wanted).max())):
+        path.unlink()
+        raise UserError(f"{path} computes something else than the model (difference {difference:.2e}): not kept")
+    return difference
+
+
+def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: Genotype) -> dict[str, Any]:
+    """What is known of the file without running it."""
+    info, trained = DataInfo(**content["data"]), content["options"]
+    height, width = info.image_size
+    values = "0..255" if opt.input == "uint8" else "0..1"
+    deployed = Deployed.of(info, trained["init_channels"], trained["layers"], trained["stem"])
+    return {
+        "file": path.name,
+        "format": opt.format,
+        "input": f"images: {opt.input} (B, {info.channels}, {height}, {width}), {values}",
+        "output": f"logits: float32 (B, {len(info.classes)})",
+        "classes": info.classes,
+        "mean": info.mean,
+        "std": info.std,
+        **deployed.price(genotype),
+        "data": trained["dataset"],
+        "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
+        "epoch": content["epoch"],
+        "commit": _commit(),
+        "genotype": genotype.to_dict(),
+        "options": trained,
+    }
 
 
 def _find_checkpoint(opt: ExportOptions) -> Path:
@@ -130,10 +143,6 @@ def _find_checkpoint(opt: ExportOptions) -> Path:
     return checkpoint.path_of(folder, "child", known[-1])
 
 
-def _shape(content: Mapping[str, Any]) -> tuple[int, int]:
-    return content["options"]["init_channels"], content["options"]["layers"]
-
-
 def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> tuple[Tensor, str]:
     """Images to compare on, in the type the exported model takes, and what they are."""
     stored = options.restore(ChildOptions, content["options"])
@@ -145,8 +154,8 @@ def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> t
             raise UserError(f"--dataset {stored.dataset} holds other images than those of the training")
     except UserError as error:
         if opt.dataset:
-            raise
-        print(f"note: no test images to compare on ({error}); random ones are taken: give --dataset")
+            raise UserError(f"{error.problem}; give the data that the child was trained on") from None
+        print(f"note: no test images to compare on ({error.problem}); random ones are taken: give --dataset")
         shape = (max(2, opt.check_images), info.channels, *info.image_size)
         pixels, kind = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator()), "random images"
     return (pixels if opt.input == "uint8" else pixels.float() / 255), kind
@@ -164,12 +173,9 @@ def _metadata(info: DataInfo, opt: ExportOptions) -> dict[str, str]:
 
 
 def _export_onnx(model: Classifier, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx needs it)
-    except ImportError as error:
-        raise UserError(f"--format onnx needs {error.name}: pip install -r requirements-export.txt") from None
+    latency.onnxruntime("--format onnx")
+    import onnx
+
     torch.onnx.export(
         model,
         (images[:2],),
@@ -185,9 +191,7 @@ def _export_onnx(model: Classifier, images: Tensor, path: Path, metadata: Mappin
     onnx.helper.set_model_props(proto, dict(metadata))
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    session = latency.session(str(path))
     return lambda pixels: session.run(None, {"images": pixels})[0]
 
 
@@ -205,12 +209,8 @@ def _export_pt2(model: Classifier, images: Tensor, path: Path, metadata: Mapping
 
 def _latency(predict: Predict, image: np.ndarray[Any, Any], kind: str) -> dict[str, Any]:
     """Milliseconds for one image, median and 10th to 90th percentile of 100 calls after 20 to warm up."""
-    times = []
-    for call in range(120):
-        start = time.perf_counter()
-        predict(image)
-        if call >= 20:
-            times.append(1000 * (time.perf_counter() - start))
+    seconds = utils.in_turns({kind: lambda: utils.timed(lambda: predict(image))}, 120)[kind]
+    times = [1000 * t for t in seconds[20:]]
     tenths = statistics.quantiles(times, n=10)
     return {
         "latency_ms": statistics.median(times),
@@ -231,10 +231,10 @@ def _commit() -> str:
         return "unknown"
 
 
-def _test_figures(folder: Path) -> dict[str, Any] | None:
-    """acc, balanced_acc, ece, per-class accuracies and number of images of the test.json beside the checkpoint."""
+def _test_figures(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """acc, balanced_acc, ece, per-class accuracies and number of images of test.json, if it is of these weights."""
     path = folder / "test.json"
-    if not path.is_file():
+    if content["epoch"] != content["options"]["epochs"] or not path.is_file():
         return None
     stored = json.loads(path.read_text(encoding="utf-8"))
     return {name: stored[name] for name in ("acc", "balanced_acc", "ece", "test_images", "per_class_acc")}

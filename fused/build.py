@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 import utils
 
@@ -31,21 +32,29 @@ def library() -> ctypes.CDLL | None:
     try:
         file = path()
         if not file.exists():
-            with utils.replacing(file) as made:
-                _run([*_command(), str(SOURCE), "-o", str(made), *_openmp()])
+            _compile(file)
         found = ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["it says nothing"]
         missing = f"{error.cmd[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
         return None
     except OSError as error:
-        missing = f"no C++ compiler works here (c++, or $CXX): {error}"
+        missing = f"no C++ compiler works here (c++, or $CXX), or what it made cannot be kept: {error}"
         return None
     for name in ("parts_forward", "parts_backward"):
         getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64]
     found.kept_floats.argtypes, found.kept_floats.restype = [ctypes.c_void_p], ctypes.c_int64
     _keep_memory()
     return found
+
+
+def _compile(file: Path) -> None:
+    """Make the library, once for several processes that want it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            with utils.replacing(file) as made:
+                _run([*_command(), str(SOURCE), "-o", str(made), *_openmp()])
 
 
 def _sources() -> list[bytes]:
@@ -73,10 +82,9 @@ def _openmp() -> list[str]:
 @functools.cache
 def path() -> Path:
     """Where the library is kept: its name stands for the source, the command, the processor and the versions."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "snas"
     compiler = (_command(), _run([*_compiler(), "--version"]))
     machine = (platform.machine(), utils.cpuinfo("flags", "Features", "model name"))  # what -march=native depends on
-    return utils.cached(folder, "kernels-{}.so", *_sources(), *compiler, *machine, torch.__version__)
+    return utils.cached(None, "kernels-{}.so", *_sources(), *compiler, *machine, torch.__version__)
 
 
 def _keep_memory() -> None:

@@ -6,9 +6,9 @@ SNAS_KERNELS=on takes them without a measurement.
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -95,12 +95,5 @@ def _speedups(contest: Callable[[], Contest]) -> dict[str, float]:
 
 def _ratio(fused: Callable[[], object], plain: Callable[[], object]) -> float:
     """Median of the time of `plain` over that of `fused`, in turns after one call of each that does not count."""
-    fused(), plain()
-    ratios = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        fused()
-        middle = time.perf_counter()
-        plain()
-        ratios.append((time.perf_counter() - middle) / (middle - start))
-    return statistics.median(ratios)
+    seconds = utils.in_turns({call: partial(utils.timed, call) for call in (fused, plain)}, 1 + _ROUNDS)
+    return statistics.median(b / a for a, b in list(zip(seconds[fused], seconds[plain], strict=True))[1:])

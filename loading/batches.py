@@ -66,7 +66,7 @@ def load_pool(opt: DataOptions) -> ImageSet:
     if opt.dataset in NAMED:
         return _load_named(opt)
     folder = images.scan(Path(opt.dataset))
-    pixels = images.decode(folder, opt.image_size, opt.max_ram_gb, Path(opt.cache_dir))
+    pixels = images.decode(folder, opt.image_size, opt.max_ram_gb, opt.cache_dir)
     return ImageSet(pixels, torch.tensor(folder.labels), folder.classes, folder.files)
 
 

@@ -2,10 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ _WIDE = {"I;16", "I;16B", "I;16L", "I", "F"}  # more than 8 bits a pixel, one ch
 _GREY = {"1", "L", "LA", "La"} | _WIDE
 _FORMAT = 1  # of the kept arrays; to be raised when decoding changes
 _LONG = 3.0  # seconds of decoding that are worth keeping
-
-T = TypeVar("T")
 
 
 class ImageFolder(NamedTuple):
@@ -83,7 +81,7 @@ class _Read(NamedTuple):
     pixels: np.ndarray[Any, Any] | None  # uint8 (H, W) or (H, W, 3), resized; None if not decoded yet
 
 
-def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache_dir: Path) -> Tensor:
+def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache_dir: str | None = None) -> Tensor:
     """Every image of the folder as uint8 (N, C, H, W), C = 1 if all are grey and 3 otherwise.
 
     Transparent pixels become black, palettes and CMYK become RGB, EXIF rotations are applied. Grey integers
@@ -100,21 +98,13 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
     Raises:
         UserError: unreadable files, or several sizes and no image_size.
     """
-    stats = [os.stat(f"{folder.root}/{name}") for name in folder.files]
-    dates = [(s.st_size, s.st_mtime_ns) for s in stats]
-    path = utils.cached(cache_dir, "{}.npy", _FORMAT, str(folder.root.resolve()), image_size, folder.files, dates)
+    path = _kept(folder, image_size, cache_dir)
     if path.exists():
         return _load(path)
     start = time.perf_counter()
-    images, kept = [], 0
-    for image in _lazily(lambda name: _read(folder.root / name, image_size), folder, range(len(folder.files))):
-        kept += image.pixels.nbytes if image.pixels is not None else 0
-        images.append(image if kept <= max_ram_gb * 1e9 else image._replace(pixels=None))
-    shape = (
-        len(images),
-        1 if all(image.mode in _GREY for image in images) else 3,
-        *_one_size(folder, images, image_size),
-    )
+    images = _read_all(folder, image_size, max_ram_gb * 1e9)
+    channels = 1 if all(image.mode in _GREY for image in images) else 3
+    shape = (len(images), channels, *_one_size(folder, images, image_size))
     if np.prod(shape) > max_ram_gb * 1e9:
         with utils.replacing(path) as temporary:
             mapped = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
@@ -126,6 +116,24 @@ def decode(folder: ImageFolder, image_size: int | None, max_ram_gb: float, cache
     if time.perf_counter() - start > _LONG:
         _keep(path, pixels)
     return torch.from_numpy(pixels)
+
+
+def _kept(folder: ImageFolder, image_size: int | None, cache_dir: str | None) -> Path:
+    """Where the pixels of these very files are kept."""
+    stats = [os.stat(f"{folder.root}/{name}") for name in folder.files]
+    dates = [(s.st_size, s.st_mtime_ns) for s in stats]
+    return utils.cached(cache_dir, "{}.npy", _FORMAT, str(folder.root.resolve()), image_size, folder.files, dates)
+
+
+def _read_all(folder: ImageFolder, image_size: int | None, most: float) -> list[_Read]:
+    """Every image, the first ones with their pixels, `most` bytes of them in all."""
+    images: list[_Read] = []
+    kept = 0
+    for image in _in_threads(lambda name: _read(folder.root / name, image_size), folder, folder.files):
+        if image is not None:
+            kept += image.pixels.nbytes if image.pixels is not None else 0
+            images.append(image if kept <= most else image._replace(pixels=None))
+    return images
 
 
 def _one_size(folder: ImageFolder, images: list[_Read], image_size: int | None) -> tuple[int, int]:
@@ -161,41 +169,36 @@ def _fill(pixels: np.ndarray[Any, Any], images: list[_Read], folder: ImageFolder
     floats = max((image.top for image in images if image.mode == "F"), default=0.0)
     integers = max((image.top for image in images if image.mode != "F"), default=0.0)
     white = {"F": floats or 1.0, "I": max(255.0, 2.0 ** int(integers).bit_length() - 1)}
-    left = [index for index, image in enumerate(images) if image.pixels is None]
-    later = _lazily(lambda name: _read(folder.root / name, image_size, white), folder, left)
-    for index, image in enumerate(images):
-        values = image.pixels if image.pixels is not None else next(later).pixels
-        assert values is not None
-        pixels[index] = values if values.ndim == 2 else values.transpose(2, 0, 1)
+    left = [name for name, image in zip(folder.files, images, strict=True) if image.pixels is None]
+    later = _in_threads(lambda name: _read(folder.root / name, image_size, white), folder, left)
+    for index, early in enumerate(images):
+        image = early if early.pixels is not None else next(later)
+        if image is not None and image.pixels is not None:
+            pixels[index] = image.pixels if image.pixels.ndim == 2 else image.pixels.transpose(2, 0, 1)
     for _ in later:  # lets it name what has become unreadable meanwhile
         pass
 
 
-def _lazily(read: Callable[[str], T], folder: ImageFolder, indices: Sequence[int]) -> Iterator[T]:
-    """read(name) of the files, in order, in threads, with a bar; bad files are named together at the end."""
-    names = [folder.files[index] for index in indices]
+def _in_threads(read: Callable[[str], _Read], folder: ImageFolder, names: Sequence[str]) -> Iterator[_Read | None]:
+    """read(name) of the files, in order, in threads, with a bar; None for bad ones, which are named at the end."""
     bad: list[str] = []
-    example: list[T] = []
 
-    def attempt(name: str) -> T | Exception:
+    def attempt(name: str) -> _Read | None:
         try:
             return read(name)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return error
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
 
     # Threads help where decoding is long; for small files they only pass Python's lock around.
     sample = names[:: max(1, len(names) // 50)]
     large = sum((folder.root / name).stat().st_size for name in sample) > 50_000 * len(sample)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results: Iterable[T | Exception] = pool.map(attempt, names) if large else map(attempt, names)
-        bar = tqdm(results, "decoding", len(names), unit="img", leave=False, disable=None, delay=1)
-        for name, result in zip(names, bar, strict=True):
-            if isinstance(result, Exception):
+        results = pool.map(attempt, names) if large else map(attempt, names)
+        for name, result in zip(
+            names, tqdm(results, "decoding", len(names), unit="img", leave=False, disable=None, delay=1), strict=True
+        ):
+            if result is None:
                 bad.append(name)
-                if example:
-                    yield example[0]  # keeps its place until all bad files are known
-                continue
-            example = example or [result]
             yield result
     if bad:
         some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")

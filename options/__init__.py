@@ -17,7 +17,12 @@ HalfOpenUnit = restricted_number_type("HalfOpenUnit", float, [(">=", 0), ("<", 1
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: the option or file, the value, what is allowed, what to try."""
+    """Bad input. The message is one line: the option or file, the value, what is allowed; what to try."""
+
+    @property
+    def problem(self) -> str:
+        """The message without what to try: for a script that lacks the options named there."""
+        return str(self).partition("; ")[0]
 
 
 class _Parser(ArgumentParser):
@@ -119,6 +124,6 @@ def entry(main: Callable[[], Any]) -> None:
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; finished epochs are kept: add --resume True to go on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join([f"\n{name}: interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
         raise SystemExit(130) from None

@@ -39,8 +39,9 @@ class DataOptions:
     """Side in pixels of that square."""
     max_ram_gb: PositiveFloat = 4.0
     """Decoded images larger than this in all are kept in a file of cache_dir, mapped into memory."""
-    cache_dir: str = "~/.cache/snas"
-    """Where decoded images are kept that are larger than that or took long to decode; later runs start from them."""
+    cache_dir: str | None = None
+    """Where decoded images are kept that are larger than that or took long to decode; later runs start from them.
+    Default: the user's folder for caches, ~/.cache/snas on Linux."""
     seed: NonNegativeInt = 0
     """Seed of every random number: weights, splits, batches, augmentation, Z."""
 

@@ -15,9 +15,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from statistics import StatisticsError, correlation, linear_regression, median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -73,17 +72,17 @@ class Latencies:
         )
 
 
-def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | Path) -> Latencies:
+def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | None) -> Latencies:
     """The latencies of a space at this size on this machine: from cache_dir, or measured now (a minute or two).
 
     Raises:
         UserError: onnxruntime is missing, or what was measured is nonsense.
     """
-    device = f"{utils.processor()}, {torch.get_num_threads()} threads, onnxruntime {_onnxruntime().__version__}"
+    device = f"{utils.processor()}, {torch.get_num_threads()} threads, onnxruntime {onnxruntime().__version__}"
     what = {"format": _FORMAT, "device": device, "host": platform.node(), "torch": torch.__version__}
     what |= {"space": space, "nodes": nodes, **asdict(deployed)}
-    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    path = Path(cache_dir).expanduser() / f"latency-{name}.json"
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]  # not utils.cached: earlier files are found
+    path = utils.cache_folder(cache_dir) / f"latency-{name}.json"
     if path.is_file():
         try:
             stored = Latencies(**json.loads(path.read_text(encoding="utf-8"))["latencies"])
@@ -93,7 +92,7 @@ def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | Path) -> L
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             print(f"note: {path} is damaged; measuring anew")
     try:
-        found = measure(space, nodes, deployed, device)
+        found = time_all(space, nodes, deployed, device)
     except StatisticsError:  # all the same
         found = None
     if found is None or found.scale <= 0:
@@ -103,7 +102,7 @@ def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | Path) -> L
     return found
 
 
-def measure(space: str, nodes: int, deployed: Deployed, device: str) -> Latencies:
+def time_all(space: str, nodes: int, deployed: Deployed, device: str) -> Latencies:
     """Time every operation at each of its places and a few whole children, all in turns."""
     places = _places(space, nodes, deployed)
     source = random.Random(0)
@@ -112,10 +111,10 @@ def measure(space: str, nodes: int, deployed: Deployed, device: str) -> Latencie
     ]
     bar = tqdm(total=len(places) + len(children), desc="latency", unit="network", leave=False, disable=None)
     with bar, torch.random.fork_rng(devices=[]):
-        calls = [session(nn.ReLU(), _noise(1, (8, 8)))]  # what a call costs
+        calls = [_call(nn.ReLU(), _noise(1, (8, 8)))]  # what a call costs
         for op, channels, size, stride in places:
             states = [_noise(channels, size) for _ in range(_COPIES)]
-            calls.append(session(_Copies(op, channels, stride), *states))
+            calls.append(_call(_Copies(op, channels, stride), *states))
             bar.update()
         for genotype in children:
             network = ChildNetwork(
@@ -127,7 +126,7 @@ def measure(space: str, nodes: int, deployed: Deployed, device: str) -> Latencie
                 affine=deployed.affine,
                 in_channels=deployed.in_channels,
             )
-            calls.append(session(_Logits(network), _noise(deployed.in_channels, deployed.image_size)))
+            calls.append(_call(_Logits(network), _noise(deployed.in_channels, deployed.image_size)))
             bar.update()
     call, *times = _milliseconds(calls)
     ops = {_key(place): max(0.0, t - call) / _COPIES for place, t in zip(places, times, strict=False)}
@@ -168,31 +167,33 @@ def _without(values: Sequence[float], index: int) -> list[float]:
     return [*values[:index], *values[index + 1 :]]
 
 
-def session(module: nn.Module, *inputs: Tensor) -> Callable[[], Any]:
-    """The module under onnxruntime, as a call on these inputs.
-
-    Raises:
-        UserError: onnxruntime is missing.
-    """
-    runtime = _onnxruntime()
-    settings = runtime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    settings.log_severity_level = 3
+def _call(module: nn.Module, *inputs: Tensor) -> Callable[[], Any]:
+    """The module under onnxruntime, as a call on these inputs."""
     names = [f"input{index}" for index in range(len(inputs))]
     program = torch.onnx.export(module.eval(), inputs, dynamo=True, input_names=names, verbose=False)
     assert program is not None
-    model = program.model_proto.SerializeToString()
-    loaded = runtime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    loaded = session(program.model_proto.SerializeToString())
     feed: dict[str, np.ndarray[Any, Any]] = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
     return lambda: loaded.run(None, feed)
 
 
-def _onnxruntime() -> Any:
+def session(model: bytes | str) -> Any:
+    """A session of onnxruntime on the CPU, with as many threads as PyTorch has, of a model or its file."""
+    runtime = onnxruntime()
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.log_severity_level = 3
+    return runtime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime(what: str = "a budget on latency") -> Any:
+    """The package; raises UserError where it, or what torch.onnx needs, is missing."""
     try:
+        import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
-        raise UserError(f"a budget on latency needs {error.name}: pip install -r requirements-export.txt") from None
+        raise UserError(f"{what} needs {error.name}: pip install -r requirements-export.txt") from None
     return onnxruntime
 
 
@@ -230,21 +231,11 @@ def _noise(channels: int, size: cost.Size) -> Tensor:
 
 def _milliseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.03) -> list[float]:
     """Of one call of each, the median of _ROUNDS rounds of at least `seconds`, in turns."""
-    repeats = []
-    for call in calls:
-        for _ in range(5):
-            call()
-        start = perf_counter()
-        call()
-        repeats.append(max(3, round(seconds / max(1e-6, perf_counter() - start))))
-    rounds: list[list[float]] = [[] for _ in calls]
-    for _ in range(_ROUNDS):
-        for times, call, count in zip(rounds, calls, repeats, strict=True):
-            start = perf_counter()
-            for _ in range(count):
-                call()
-            times.append(1000 * (perf_counter() - start) / count)
-    return [median(times) for times in rounds]
+    timers: dict[int, Callable[[], float]] = {}
+    for index, call in enumerate(calls):
+        utils.timed(call, 5)
+        timers[index] = partial(utils.timed, call, max(3, round(seconds / max(1e-6, utils.timed(call)))))
+    return [1000 * median(rounds) for rounds in utils.in_turns(timers, _ROUNDS).values()]
 
 
 def _key(place: Place) -> str:

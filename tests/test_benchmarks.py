@@ -14,9 +14,9 @@ from benchmarks import (
     first_step,
     growth,
     input_pipeline,
-    machine,
     pareto,
     random_baseline,
+    record,
     scaling,
     search_step,
     widths,
@@ -37,7 +37,7 @@ def test_the_baseline_skips_what_is_done_and_tabulates_the_rest(
     options.save(opt, tmp_path / "recipe.yaml", "recipe")
     (tmp_path / "experiments" / "run" / "genotype.json").write_text(random_genotype("snas", Random(7)).to_json())
     common = [f"--experiments_dir={tmp_path}/experiments", "--experiment=run", f"--preset={tmp_path}/recipe.yaml",
-              "--seeds=1", f"--out={tmp_path}/table"]  # fmt: skip
+              "--seeds=1", f"--out={tmp_path}"]  # fmt: skip
     first = random_baseline.main([*common, "--random=1"])
     ran: list[list[str]] = []
     real = retrain.main
@@ -46,11 +46,11 @@ def test_the_baseline_skips_what_is_done_and_tabulates_the_rest(
     assert len(ran) == 1  # only the new one
     assert second["found"] == first["found"]
     assert second["random"][:1] == first["random"]
-    assert json.loads((tmp_path / "table.json").read_text()) == second
+    assert json.loads((tmp_path / "child" / "random_baseline.json").read_text()) == second
     params = second["found"][0]["params"]
     assert all(abs(row["params"] - params) <= 0.05 * params for row in second["random"])
     mean = sum(row["acc"] for row in second["random"]) / 2
-    assert f"| random | 2 | {mean:.2f} %" in (tmp_path / "table.md").read_text()
+    assert f"| random | 2 | {mean:.2f} %" in (tmp_path / "child.md").read_text()
 
 
 def performance(tmp_path: Path, name: str) -> tuple[dict[str, Any], str]:
@@ -69,7 +69,7 @@ def test_a_search_step_is_compared_with_the_textbook_and_with_what_others_bring(
     )
     small = ["--init_channels=4", "--layers=3", "--batch_size=2", "--image_size=8", "--rounds=2", f"--out={tmp_path}"]
     result = search_step.main([*small, "--contenders=[textbook, ours]", f"--external={adapter}"])
-    stored, page = performance(tmp_path, machine.on_this("search_step"))
+    stored, page = performance(tmp_path, record.on_this("search_step"))
     assert stored["pairs"] == result["pairs"] and {*stored["pairs"]} == {"ours", "external"}
     for pair in result["pairs"].values():
         assert all(len(times) == 2 and min(times) > 0 for times in pair["seconds"].values())
@@ -85,14 +85,14 @@ def test_a_search_step_is_compared_with_the_textbook_and_with_what_others_bring(
 def test_widths_are_compared_with_the_form_without_kernels(tmp_path: Path) -> None:
     small = ["--cases=[[4, 8]]", "--batch_size=2", "--rounds=2", f"--out={tmp_path}"]
     result = widths.main(small)
-    assert performance(tmp_path, machine.on_this("widths"))[0]["cases"] == result["cases"]
+    assert performance(tmp_path, record.on_this("widths"))[0]["cases"] == result["cases"]
     assert all(len(times) == 2 for times in result["cases"][0]["seconds"].values())
 
 
 def test_a_child_is_compared_with_its_textbook_form(tmp_path: Path) -> None:
     small = ["--init_channels=8", "--batch_size=2", "--image_size=8", "--rounds=2", f"--out={tmp_path}"]
     result = child_step.main(small)
-    assert performance(tmp_path, machine.on_this("child_step_8_3"))[0]["seconds"] == result["seconds"]
+    assert performance(tmp_path, record.on_this("child_step_8_3"))[0]["seconds"] == result["seconds"]
     assert result["params"]["textbook"] == result["params"]["ours"] == result["params"]["without kernels"]
     assert abs(result["params"]["plain CNN"] / result["params"]["ours"] - 1) < 0.2
 
@@ -120,8 +120,10 @@ def test_the_input_pipeline_is_compared_with_image_folder(tiny: Path, tmp_path: 
 def test_results_replace_their_own_part_of_the_page(tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text("before\n<!-- one -->\nold\n<!-- end -->\nbetween\n<!-- two -->\nkept\n<!-- end -->\nafter\n")
-    result = {"machine": machine.describe("one", ["--rounds", "2 3"])}
-    machine.publish("one", result, "new", tmp_path)
+    opt = record.Rounds(out=str(tmp_path), rounds=2)
+    result = record.publish("one", ["--rounds", "2 3"], opt, {"seconds": [1.0]}, "new")
+    assert result == json.loads((tmp_path / "performance" / "one.json").read_text())
+    assert result["setting"] == {"rounds": 2} and result["seconds"] == [1.0]
     content = page.read_text()
     assert content.startswith("before\n<!-- one -->\nnew\n") and "old" not in content
     assert (
@@ -131,9 +133,9 @@ def test_results_replace_their_own_part_of_the_page(tmp_path: Path) -> None:
 
 
 def test_slopes_and_spreads() -> None:
-    assert machine.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    assert machine.spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
-    assert machine.ratios({"a": [4.0, 9.0], "b": [2.0, 3.0]}, "a") == {"a": [1, 1], "b": [2, 3]}
+    assert record.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert record.spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
+    assert record.ratios({"a": [4.0, 9.0], "b": [2.0, 3.0]}, "a") == {"a": [1, 1], "b": [2, 3]}
 
 
 @pytest.mark.slow
@@ -164,7 +166,7 @@ def test_the_sweep_skips_what_is_done_and_draws_the_rest(arguments: list[str], t
     common = [
         f"--preset={preset}",
         f"--experiments_dir={tmp_path}/experiments",
-        f"--out={tmp_path}/pareto",
+        f"--out={tmp_path}",
         "--seeds=1",
     ]
     first = pareto.main([*common, "--budgets=[3000]"])
@@ -174,8 +176,8 @@ def test_the_sweep_skips_what_is_done_and_draws_the_rest(arguments: list[str], t
     assert [path.stat().st_mtime_ns for path in weights] == dates  # nothing was run again
     assert [run["budget"] for run in second["runs"]] == [None, 3000, 2500]
     assert second["runs"][:2] == first["runs"]
-    page = (tmp_path / "pareto" / "params.md").read_text()
-    assert "| 2,500 | 1 |" in page and (tmp_path / "pareto" / "params.png").stat().st_size > 10_000
+    page = (tmp_path / "budget.md").read_text()
+    assert "| 2,500 | 1 |" in page and (tmp_path / "budget" / "params.png").stat().st_size > 10_000
 
 
 def test_the_estimators_are_compared_on_the_exact_gradient(tmp_path: Path) -> None:

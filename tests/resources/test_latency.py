@@ -57,13 +57,13 @@ def test_measuring_finds_larger_operations_slower_and_is_kept(
     monkeypatch.setitem(genotypes.SPACES, "two", ("none", "skip_connect", "sep_conv_5x5"))
     found = latency.find("two", 1, large, tmp_path)
     assert found.ops["sep_conv_5x5 32 64x64/1"] > found.ops["skip_connect 32 64x64/1"] >= 0
-    monkeypatch.setattr(latency, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(latency, "time_all", lambda *_: pytest.fail("measured again"))
     again = latency.find("two", 1, large, tmp_path)
     assert again.ops == found.ops and again.table("two", 1, large).fixed == found.table("two", 1, large).fixed
     path = next(tmp_path.glob("latency-*.json"))
     assert json.loads(path.read_text())["of"]["device"] == found.device
     path.write_text("{")
-    monkeypatch.setattr(latency, "measure", lambda *_: found)
+    monkeypatch.setattr(latency, "time_all", lambda *_: found)
     assert latency.find("two", 1, large, tmp_path).ops == found.ops
     assert "is damaged" in capsys.readouterr().out
 
@@ -104,7 +104,7 @@ def test_a_measurement_that_makes_no_sense_is_refused_and_not_kept(
 ) -> None:
     pytest.importorskip("onnxruntime")
     for wrong in (lambda: made_up(scale=-1.0), lambda: latency.fit("here", {}, [1.0, 1.0, 1.0], [2.0, 3.0, 4.0])):
-        monkeypatch.setattr(latency, "measure", lambda *_, wrong=wrong: wrong())
+        monkeypatch.setattr(latency, "time_all", lambda *_, wrong=wrong: wrong())
         with pytest.raises(UserError, match="measure again"):
             latency.find("snas", 4, DEPLOYED, tmp_path)
     assert not list(tmp_path.iterdir())
