@@ -63,7 +63,7 @@ def figures(logits: Tensor, labels: Tensor) -> Figures:
     """Loss and accuracies of logits (N, classes) against labels (N,)."""
     table = confusion(logits, labels)
     loss = F.cross_entropy(logits.double(), labels).item()
-    return Figures(loss, 100 * (table.diagonal().sum() / len(labels)).item(), 100 * recalls(table).nanmean().item())
+    return Figures(loss, 100 * table.diagonal().sum().item() / len(labels), 100 * recalls(table).nanmean().item())
 
 
 def evaluate(forward: Forward, batches: Batches) -> Figures:
