@@ -7,7 +7,7 @@ alone and is computed once for all edges that leave the state; `own` is what lea
 last batch norm.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -278,23 +278,25 @@ class FactorizedReduce(Operation):
         return self.norm(both, scale, total)
 
 
-def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
-    """The module of an op of genotypes.SPACES (all but none), C channels in and out.
+# kind -> its module for (channels, kernel, stride, affine)
+KINDS: dict[str, Callable[[int, int, int, bool], Operation]] = {
+    "skip": lambda c, k, stride, affine: Skip() if stride == 1 else FactorizedReduce(c, c, affine),
+    "max_pool": lambda c, k, stride, affine: Pool("max_pool", k, c, stride, affine),
+    "avg_pool": lambda c, k, stride, affine: Pool("avg_pool", k, c, stride, affine),
+    "sep_conv": SepConv,
+    "dil_conv": lambda c, k, stride, affine: DepthwiseSeparable(c, k, stride, 2, affine),
+    "conv": lambda c, k, stride, affine: Conv(c, c, k, stride, affine),
+    "conv_pair": ConvPair,
+}
 
-    Args:
-        name: e.g. "sep_conv_3x3". channels: C. stride: 1 or 2.
-        affine: whether its batch norms learn a scale and a shift (child) or not (supernet).
+
+def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
+    """The module of an op of genotypes.OPS (all but none), C channels in and out, stride 1 or 2.
+
+    affine: whether its batch norms learn a scale and a shift (child) or not (supernet).
     """
     kind, kernel = find_op(name)
-    if kind in ("max_pool", "avg_pool"):
-        return Pool(kind, kernel, channels, stride, affine)
-    if kind == "skip":
-        return Skip() if stride == 1 else FactorizedReduce(channels, channels, affine)
-    if kind == "conv":
-        return Conv(channels, channels, kernel, stride, affine)
-    if kind == "dil_conv":
-        return DepthwiseSeparable(channels, kernel, stride, 2, affine)
-    return (SepConv if kind == "sep_conv" else ConvPair)(channels, kernel, stride, affine)
+    return KINDS[kind](channels, kernel, stride, affine)
 
 
 def drop_probability(x: Tensor, probability: float) -> Tensor | None:

@@ -45,8 +45,8 @@ def pick_device(name: str) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.empty(1, device=device).item()  # which a meta device cannot give
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError):
         raise UserError(f"--device {name} cannot be used here; try --device cpu") from None
     return device
 

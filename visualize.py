@@ -13,15 +13,14 @@ from genotypes import SPACES, Genotype, Node, edge_list, find_op, num_nodes
 
 Probabilities = Mapping[tuple[int, int, str], float]  # (node, source, op) -> p_alpha(op)
 
-# kind of operation: colour, word for the legend
-_FAMILIES = {
-    "sep_conv": ("#1f5fa8", "separable convolution"),
-    "dil_conv": ("#7b3fa0", "dilated convolution"),
-    "conv": ("#0d7d86", "convolution"),
-    "conv_pair": ("#0d7d86", "convolution"),
-    "max_pool": ("#b3541e", "max pooling"),
-    "avg_pool": ("#94761a", "average pooling"),
-    "skip": ("#5b6470", "skip"),
+_COLOURS = {  # of the kinds of operations
+    "sep_conv": "#1f5fa8",
+    "dil_conv": "#7b3fa0",
+    "conv": "#0d7d86",
+    "conv_pair": "#0d7d86",
+    "max_pool": "#b3541e",
+    "avg_pool": "#94761a",
+    "skip": "#5b6470",
 }
 _TITLES = {"normal": "normal cell", "reduce": "reduction cell"}
 
@@ -61,7 +60,7 @@ def cell_graph(
             graph.node(name, f"{index}: no input,\nzeros", style="rounded,dashed", fontcolor="#777777")
         for op, source in node:
             probability = probabilities.get((index, source, op))
-            colour = _FAMILIES[find_op(op).kind][0]
+            colour = _COLOURS.get(find_op(op).kind, "#333333")
             label = op if probability is None else f"{op}  {probability:.2f}"
             width = 1.6 if probability is None else 0.8 + 2.2 * probability
             graph.edge(str(source), name, f" {label} ", color=colour, fontcolor=colour, penwidth=f"{width:.2f}")

@@ -4,8 +4,9 @@ A batch is one gather from the uint8 cache with a crop offset and a mirror flag 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from options import UserError
 from options.default_option import DataOptions
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # images (B, C, H, W) float32, labels (B,)
-NAMED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,17 @@ class Augmentation:
     cutout: int = 0  # side in pixels
 
 
-def load_pool(opt: DataOptions) -> ImageSet:
-    """Read the data set of --dataset, a folder or a name; raises UserError."""
-    if opt.dataset in NAMED:
-        return _load_named(opt)
+def _folder(opt: DataOptions) -> ImageSet:
     folder = images.scan(Path(opt.dataset))
     pixels = images.decode(folder, opt.image_size, opt.max_ram_gb, opt.cache_dir)
     return ImageSet(pixels, torch.tensor(folder.labels), folder.classes, folder.files)
 
 
-def _load_named(opt: DataOptions) -> ImageSet:
+def _torchvision(kind: str, opt: DataOptions) -> ImageSet:
+    """A data set of torchvision that is made with train=True and with train=False."""
     import torchvision.datasets  # a slow import that folders do without
 
-    make = getattr(torchvision.datasets, NAMED[opt.dataset])
+    make = getattr(torchvision.datasets, kind)
     try:
         parts = [make(opt.data_dir, train=train, download=opt.download) for train in (True, False)]
     except RuntimeError as error:
@@ -100,6 +98,19 @@ def _load_named(opt: DataOptions) -> ImageSet:
     return ImageSet(pixels.contiguous(), labels, list(parts[0].classes), names, len(parts[1]))
 
 
+# what --dataset may be besides a folder
+LOADERS: dict[str, Callable[[DataOptions], ImageSet]] = {
+    "cifar10": partial(_torchvision, "CIFAR10"),
+    "cifar100": partial(_torchvision, "CIFAR100"),
+    "fashion_mnist": partial(_torchvision, "FashionMNIST"),
+}
+
+
+def load(opt: DataOptions) -> ImageSet:
+    """The images of --dataset, a folder or a name of LOADERS; raises UserError."""
+    return LOADERS.get(opt.dataset, _folder)(opt)
+
+
 class Data:
     """A data set with its splits on a device's doorstep: info, and batches of any split.
 
@@ -114,7 +125,7 @@ class Data:
     def __init__(
         self, opt: DataOptions, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
     ) -> None:
-        pool = load_pool(opt)
+        pool = load(opt)
         self.split = split or splits.make_split(pool.names, pool.labels, pool.classes, opt, pool.official_test)
         index = {name: i for i, name in enumerate(pool.names)}
         lost = [name for names in self.split.values() for name in names if name not in index]

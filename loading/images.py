@@ -159,7 +159,7 @@ def _keep(path: Path, pixels: np.ndarray[Any, Any]) -> None:
         with utils.replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, pixels)
     except OSError as error:
-        print(f"warning: the decoded images cannot be kept in --cache_dir {path.parent}: {error.strerror}")
+        print(f"warning: the decoded images cannot be kept in {path.parent}: {error.strerror}")
         return
     print(f"images   kept decoded in {path} ({pixels.nbytes / 1e6:,.0f} MB) for the next run")
 

@@ -72,41 +72,50 @@ def _half(size: Size, channels: int, kernel: int, stride: int) -> Cost:
     return _conv(size, channels, channels, (kernel, kernel), stride, depthwise=True) + pointwise
 
 
+def _pool(channels: int, size: Size, kernel: int, stride: int) -> Cost:
+    height, width = shrink(size, stride)
+    return Cost(mac=channels * (size[0] * size[1] + height * width))
+
+
+def _separable(channels: int, size: Size, kernel: int, stride: int) -> Cost:
+    return _half(size, channels, kernel, stride) + _half(shrink(size, stride), channels, kernel, 1)
+
+
+def _pair(channels: int, size: Size, kernel: int, stride: int) -> Cost:
+    """1 x k, then k x 1."""
+    between = shrink(size, (1, stride))
+    row = _conv(size, channels, channels, (1, kernel), (1, stride))
+    return row + _conv(between, channels, channels, (kernel, 1), (stride, 1))
+
+
+# kind -> its cost for (channels, size of its input, kernel, stride) without batch norms, and the number of these
+KINDS: dict[str, tuple[Callable[[int, Size, int, int], Cost], int]] = {
+    "none": (lambda c, size, k, stride: Cost(), 0),
+    "skip": (lambda c, size, k, stride: _reduce(size, c, c), 1),  # with stride 1 it has neither
+    "max_pool": (_pool, 1),
+    "avg_pool": (_pool, 1),
+    "sep_conv": (_separable, 2),
+    "dil_conv": (lambda c, size, k, stride: _half(size, c, k, stride), 1),
+    "conv": (lambda c, size, k, stride: _conv(size, c, c, (k, k), stride), 1),
+    "conv_pair": (_pair, 1),
+}
+
+
 @cache
 def op_cost(op: str, channels: int, size: Size, stride: int, affine: bool = True) -> Cost:
-    """An operation of genotypes.SPACES, C channels in and out.
+    """An operation of genotypes.OPS, C channels in and out.
 
     Args:
         op: e.g. "sep_conv_3x3", or "none".
-        channels: C.
-        size: H, W of its input.
-        stride: 1 or 2.
+        channels: C. size: H, W of its input. stride: 1 or 2.
         affine: whether its batch norms learn a scale and a shift, as in a child.
     """
     kind, kernel = find_op(op)
-    after = shrink(size, stride)
-    norms = 1
-    if kind == "none":
-        return Cost()
     if kind == "skip" and stride == 1:
         return Cost(mac=2 * channels * size[0] * size[1])
-    if kind == "skip":
-        total = _reduce(size, channels, channels)
-    elif kind in ("max_pool", "avg_pool"):
-        total = Cost(mac=channels * (size[0] * size[1] + after[0] * after[1]))
-    elif kind == "sep_conv":
-        total, norms = _half(size, channels, kernel, stride) + _half(after, channels, kernel, 1), 2
-    elif kind == "dil_conv":
-        total = _half(size, channels, kernel, stride)
-    elif kind == "conv":
-        total = _conv(size, channels, channels, (kernel, kernel), stride)
-    else:  # conv_pair
-        between = shrink(size, (1, stride))
-        total = _conv(size, channels, channels, (1, kernel), (1, stride))
-        total += _conv(between, channels, channels, (kernel, 1), (stride, 1))
-    for _ in range(norms if affine else 0):
-        total += _norm(channels)
-    return total
+    price, norms = KINDS[kind]
+    total = price(channels, size, kernel, stride)
+    return total + Cost(params=2 * channels * norms) if affine else total
 
 
 class Place(NamedTuple):

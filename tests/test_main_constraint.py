@@ -106,3 +106,14 @@ def test_levels_are_tighter_one_after_the_other(arguments: list[str]) -> None:
         found = main_constraint.main([*arguments, "--epochs=1", f"--level={level}", f"--name={level}", "--measure=mac"])
         budgets.append(rows(found)[0]["budget_mac"])
     assert budgets == sorted(budgets, reverse=True) and len(set(budgets)) == 3
+
+
+@pytest.mark.parametrize("estimator", ["expectation", "reparametrization", "policy_gradient"])
+@pytest.mark.parametrize("penalty", ["linear", "log"])
+def test_every_estimator_and_penalty_makes_the_child_cheaper(
+    arguments: list[str], estimator: str, penalty: str
+) -> None:
+    common = [*arguments, "--epochs=3", "--arch_learning_rate=0.2", "--nodes=2"]
+    free = main_constraint.main([*common, "--name=free", "--eta=0"])
+    priced = main_constraint.main([*common, "--eta=20", f"--estimator={estimator}", f"--penalty={penalty}"])
+    assert priced.metrics["cost_params"] < free.metrics["cost_params"]

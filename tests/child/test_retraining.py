@@ -234,3 +234,13 @@ def test_test_images_that_a_search_used_are_refused(searched: list[str], argumen
 def test_half_a_network_is_not_evaluated(searched: list[str]) -> None:
     with pytest.raises(UserError, match="--init_channels and --layers"):
         retrain.main([*searched, "--init_from=run", "--eval_only=True", "--layers=4"])
+
+
+def test_bf16_trains_close_to_fp32(searched: list[str]) -> None:
+    full, half = (
+        retrain.main([*searched, "--learning_rate=0.001", f"--name={precision}", f"--precision={precision}"])
+        for precision in ("fp32", "bf16")
+    )
+    first, second = (rows(tested.folder)[0]["train_loss"] for tested in (full, half))
+    assert first != second == pytest.approx(first, rel=0.02)
+    assert half.figures["test_images"] == 8 and half.figures["loss"] != full.figures["loss"]

@@ -1,21 +1,17 @@
 """The fused kernels against PyTorch's own operations in float64."""
 
 import copy
-import json
 import os
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import operations
-from fused import build, choice
+from fused import build
 from fused import operation as kernels
-from fused.operation import Part
 from genotypes import random_genotype
 from model import ChildNetwork
 from model_search import Network
@@ -237,114 +233,6 @@ def test_other_types_modes_and_devices_fall_back() -> None:
     assert not kernels.usable(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert not kernels.usable(x)
-
-
-def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for compiler, word in (
-        ("/nonexistent/c++", "no C++ compiler"),
-        ("false", "false failed"),
-        ("c++ -nonsense", "failed"),
-    ):
-        monkeypatch.setenv("CXX", compiler)
-        monkeypatch.setattr(build, "missing", "")
-        build.path.cache_clear()
-        assert build.library.__wrapped__() is None and word in build.missing
-    monkeypatch.setenv("SNAS_KERNELS", "off")
-    assert build.library.__wrapped__() is None and build.missing == "SNAS_KERNELS=off"
-    assert not list(tmp_path.rglob("*.so"))
-    build.path.cache_clear()
-
-
-def test_a_compiler_with_a_launcher_and_further_flags_is_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = {build.path.__wrapped__()}
-    monkeypatch.setenv("CXX", "env c++")
-    paths.add(build.path.__wrapped__())
-    monkeypatch.setenv("SNAS_CXXFLAGS", "-O2 -DEXAMPLE='a b'")
-    paths.add(build.path.__wrapped__())
-    assert len(paths) == 3 and build._command()[-2:] == ["-O2", "-DEXAMPLE=a b"]
-
-
-def test_the_faster_form_is_measured_once_and_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SNAS_KERNELS", "")
-    monkeypatch.setattr(build, "path", lambda: tmp_path / "kernels.so")
-    monkeypatch.setattr(choice, "_taken", [])
-    monkeypatch.setattr(choice, "_ratios", {})
-    before = torch.get_rng_state()
-    assert choice.taken(operations._contest) and torch.equal(before, torch.get_rng_state())
-    (stored,) = tmp_path.glob("kernels.*.json")
-    assert json.loads(stored.read_text()).keys() == {*choice.KINDS.values()}
-    stored.write_text(json.dumps(dict.fromkeys(choice.KINDS.values(), 2.0) | {"max": 0.5}))
-    choice._taken.clear()
-    assert choice.taken(operations._contest) == {*choice.KINDS} - {kernels.MAX}
-    assert "but not for max" in operations.kernels_in_words() and "max 0.5" in operations.kernels_in_words()
-    state = torch.randn(2, 4, 6, 6)
-    calls = []
-    monkeypatch.setattr(kernels, "_call", lambda name, table: calls.append((name, [row.kind for row in table])))
-    make_op("max_pool_3x3", 4, 1, affine=False)(state)
-    assert calls == [("parts_forward", [kernels.NOTHING])]  # of pooling only its batch norm
-
-
-WRONG = {
-    "channels of x": (ValueError, lambda op, x, z, t, k: op(torch.randn(2, 32, 8, 8), z, t, k)),
-    "type of Z": (TypeError, lambda op, x, z, t, k: op(x, z.double(), t, k)),
-    "half of Z": (TypeError, lambda op, x, z, t, k: op(x, z.half(), t, k)),
-    "device of Z": (TypeError, lambda op, x, z, t, k: op(x, z.to("meta"), t, k)),
-    "values of Z": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [op.parts()], z.expand(3), (3,), t, k)),
-    "places": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [op.parts()], z.view(1), (), t, k)),
-    "shape of the sum": (ValueError, lambda op, x, z, t, k: op(x, z, t[:, :, :7], k)),
-    "type of the sum": (TypeError, lambda op, x, z, t, k: op(x, z, t.double(), k)),
-    "layout of the sum": (ValueError, lambda op, x, z, t, k: op(x, z, t.contiguous(), k)),
-    "the sum is x": (ValueError, lambda op, x, z, t, k: op(x, z, x, k)),
-    "images of keep": (ValueError, lambda op, x, z, t, k: op(x, z, t, k[:1])),
-    "type of keep": (TypeError, lambda op, x, z, t, k: op(x, z, t, k.double())),
-    "type of the module": (TypeError, lambda op, x, z, t, k: op.double()(x, z, t, k)),
-    "depthwise weight": (ValueError, lambda op, x, z, t, k: spoilt(op, "half1.depthwise", 8, 1, 3, 3)(x, z, t, k)),
-    "pointwise weight": (ValueError, lambda op, x, z, t, k: spoilt(op, "half2.pointwise", 16, 8, 1, 1)(x, z, t, k)),
-    "side of a kernel": (ValueError, lambda op, x, z, t, k: spoilt(op, "half1.depthwise", 16, 1, 9, 9)(x, z, t, k)),
-    "batch norm": (ValueError, lambda op, x, z, t, k: spoilt_norm(op, running_var=torch.ones(8))(x, z, t, k)),
-    "no operation": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [], total=t)),
-    "no parts": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [()], total=t)),
-    "ReLU of nothing": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [[Part(kernels.NOTHING, relu=True)]])),
-    "half of the statistics": (ValueError, lambda op, x, z, t, k: spoilt_norm(op, running_mean=None)(x, z, t, k)),
-    "device of the counter": (
-        TypeError,
-        lambda op, x, z, t, k: spoilt_norm(op, num_batches_tracked=torch.tensor(0, device="meta"))(x, z, t, k),
-    ),
-    "dimensions of x": (RuntimeError, lambda op, x, z, t, k: op(x[0], z, t, k)),
-}
-
-
-def spoilt(op: nn.Module, name: str, *shape: int) -> nn.Module:
-    op.get_submodule(name).weight = nn.Parameter(torch.randn(shape))
-    return op
-
-
-def spoilt_norm(op: nn.Module, **buffers: Tensor | None) -> nn.Module:
-    for name, value in buffers.items():
-        setattr(op.half2.norm, name, value)
-    return op
-
-
-@pytest.mark.parametrize("mistake", WRONG)
-def test_a_wrong_call_is_an_exception(mistake: str) -> None:
-    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    total, keep = torch.zeros_like(x), torch.ones(2, 1, 1, 1)
-    op = make_op("sep_conv_3x3", 16, 1, affine=True)
-    op(x, torch.tensor(0.5), total, keep)
-    error, call = WRONG[mistake]
-    with pytest.raises(error):
-        call(op, x, torch.tensor(0.5), total, keep)
-
-
-def test_z_of_another_type_or_shape_is_no_z() -> None:
-    network, images = Network(4, 3, 3), torch.randn(2, 3, 8, 8)
-    z = network.sample(1.0)
-    for change in (Tensor.double, Tensor.half, Tensor.bfloat16, lambda t: t.to("meta")):
-        with pytest.raises(TypeError, match="Z of the normal cells"):
-            network(images, Z(change(z.normal), change(z.reduce)))
-    with pytest.raises(ValueError, match="Z of the reduce cells has the shape"):
-        network(images, Z(z.normal, z.reduce[:7]))
 
 
 def test_detached_z_and_one_value_a_channel() -> None:

@@ -1,0 +1,83 @@
+"""The programs of docs/extending.md, run as they stand there on a small folder called dataset."""
+
+import re
+import runpy
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import counting
+import pytest
+import torch
+
+import genotypes
+import operations
+from loading import batches
+from model import ChildNetwork
+from model_search import Network
+from resources import budget, cost
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+PROGRAMS = dict(re.findall(r"^## An? (\w+).*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)) | dict(
+    re.findall(r"^## A (data) set.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+)
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A program by its title -> what it defines; the tables that it adds to are put back."""
+    tables: list[dict[str, Any]] = [genotypes.OPS, genotypes.SPACES, operations.KINDS, cost.KINDS, batches.LOADERS]
+    tables.append(budget.ESTIMATORS)  # type: ignore[arg-type]
+    before = [dict(table) for table in tables]
+    (tmp_path / "dataset").symlink_to(tiny)
+    monkeypatch.chdir(tmp_path)
+
+    def program(title: str) -> dict[str, Any]:
+        (tmp_path / "mine.py").write_text(PROGRAMS[title])
+        return runpy.run_path("mine.py")
+
+    yield program
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        table.update(old)
+
+
+def test_a_program_is_short() -> None:
+    assert {*PROGRAMS} >= {"operation", "data", "objective", "estimator", "measure"}
+    for title, text in PROGRAMS.items():
+        own = re.sub(r"^(from|import) .*\n", "", text, flags=re.MULTILINE)
+        assert len([line for line in own.splitlines() if line.strip()]) <= 30, title
+
+
+def test_a_new_operation_is_that_of_the_child_and_priced_as_counted(run: Any) -> None:
+    assert run("operation")["found"].genotype.space == "mine"
+    torch.manual_seed(0)
+    genotype, images = genotypes.random_genotype("mine", Random(1)), torch.randn(2, 3, 12, 12)
+    assert any(op == "group_conv_3x3" for node in genotype.normal for op, _ in node)
+    network = Network(8, 3, 3, "mine").eval()
+    child = ChildNetwork(genotype, 8, 3, 3, affine=False).eval()
+    child.load_state_dict(network.child_state_dict(genotype))
+    assert torch.allclose(child(images)[0], network(images, network.one_hot(genotype)), atol=1e-5)
+    built = ChildNetwork(genotype, 8, 3, 3).to("meta")
+    found = cost.cost(genotype, init_channels=8, layers=3, image_size=12, num_classes=3)
+    assert found["params"] == counting.count_params(built)
+    assert found["flops"] == counting.count_flops(built, torch.zeros(1, 3, 12, 12, device="meta"))
+
+
+def test_a_new_data_set_is_searched(run: Any) -> None:
+    found = run("data")["found"]
+    assert found.metrics["epoch"] == 1 and (found.folder / "split.json").exists()
+
+
+def test_a_new_objective_is_logged(run: Any) -> None:
+    metrics = run("objective")["found"].metrics
+    assert 0 < metrics["entropy"] <= 2 * 2 * 2.08  # 2 edges of 2 cells, ln 8
+
+
+def test_a_new_estimator_is_chosen_by_its_name(run: Any) -> None:
+    assert run("estimator")["found"].metrics["eta_params"] == pytest.approx(0.1)
+
+
+def test_a_new_measure_is_kept_to(run: Any) -> None:
+    metrics = run("measure")["found"].metrics
+    assert metrics["child_launches"] <= 4 == metrics["budget_launches"]
