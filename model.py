@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import CellPlan, Genotype, Node, cell_plan
-from operations import Conv, FactorizedReduce, Norm, Operation, Skip, State, drop_mask, drop_probability, make_op
+from operations import Norm, Skip, State, drop_mask, drop_probability, make_op, prepare
 
 
 class ChildCell(nn.Module):
@@ -16,13 +16,7 @@ class ChildCell(nn.Module):
 
     def __init__(self, plan: CellPlan, nodes: Sequence[Node], concat: Sequence[int], affine: bool) -> None:
         super().__init__()
-        before, last = plan.inputs
-        self.prepare0: Operation = (
-            FactorizedReduce(before, plan.channels, affine)
-            if plan.after_reduction
-            else Conv(before, plan.channels, 1, 1, affine)
-        )
-        self.prepare1 = Conv(last, plan.channels, 1, 1, affine)
+        self.prepare0, self.prepare1 = prepare(plan, affine)
         self.reduction, self.concat = plan.reduction, tuple(concat)
         self.sources = [[source for _, source in node] for node in nodes]
         self.ops = nn.ModuleList(

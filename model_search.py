@@ -17,8 +17,6 @@ import sampling
 from fused import operation as kernels
 from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
 from operations import (
-    Conv,
-    FactorizedReduce,
     Norm,
     Operation,
     State,
@@ -27,6 +25,7 @@ from operations import (
     frozen_statistics,
     fused,
     make_op,
+    prepare,
 )
 from sampling import Z
 
@@ -68,13 +67,7 @@ class Cell(nn.Module):
     def __init__(self, plan: CellPlan, space: Sequence[str], nodes: int) -> None:
         super().__init__()
         self.plan = plan
-        before, last = plan.inputs
-        self.prepare0: Operation = (
-            FactorizedReduce(before, plan.channels, affine=False)
-            if plan.after_reduction
-            else Conv(before, plan.channels, 1, 1, affine=False)
-        )
-        self.prepare1 = Conv(last, plan.channels, 1, 1, affine=False)
+        self.prepare0, self.prepare1 = prepare(plan, affine=False)
         self.nodes = nodes
         self.edges = nn.ModuleList(  # type: ignore[assignment]
             MixedOp(space, plan.channels, plan.stride(source)) for _, source in edge_list(nodes)

@@ -19,7 +19,7 @@ from fused import choice
 from fused import operation as kernels
 from fused.operation import Part
 from fused.plain import spatial_conv, subsample
-from genotypes import find_op
+from genotypes import CellPlan, find_op
 
 
 class Shared(NamedTuple):
@@ -57,7 +57,7 @@ class Norm(nn.BatchNorm2d):
             gamma = scale.reshape(1).repeat(self.num_features) if gamma is None else scale * gamma  # (C,)
             beta = None if beta is None else scale * beta
         y = F.batch_norm(x, self.running_mean, self.running_var, gamma, beta, self.training, self.momentum, self.eps)
-        return add(total, y)
+        return y if total is None else total.add_(y)  # in place: nothing else holds a sum while it grows
 
 
 def fused(x: Tensor, parts: Sequence[Part]) -> bool:
@@ -84,11 +84,6 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
         for norm in norms:
             norm.momentum = 0.0
         yield
-
-
-def add(total: Tensor | None, y: Tensor) -> Tensor:
-    """total + y, in place: nothing else holds the sum of an edge or a node while it grows."""
-    return y if total is None else total.add_(y)
 
 
 class State:
@@ -137,7 +132,8 @@ class Operation(nn.Module):
         y = state.through(self.shared)
         if keep is None:
             return self.own(y, scale, total)
-        return add(total, self.own(y, scale, None) * keep)
+        y = self.own(y, scale, None) * keep
+        return y if total is None else total.add_(y)
 
     def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         """What follows the shared stage, y = shared(x)."""
@@ -174,18 +170,6 @@ class Pool(Operation):
         return self.norm(y, scale, total)
 
 
-class Depthwise(nn.Module):
-    """The k x k depthwise half of a separable convolution: weight (C, 1, k, k)."""
-
-    def __init__(self, channels: int, kernel: int, stride: int, dilation: int) -> None:
-        super().__init__()
-        self.stride, self.dilation = stride, dilation
-        self.weight = nn.Conv2d(channels, channels, kernel, groups=channels, bias=False).weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return spatial_conv(x, self.weight, self.stride, self.dilation)
-
-
 def _pointwise(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 1, bias=False)
 
@@ -195,18 +179,20 @@ class DepthwiseSeparable(Operation):
 
     def __init__(self, channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> None:
         super().__init__(Shared("relu"))
-        self.depthwise = Depthwise(channels, kernel, stride, dilation)
+        pad = dilation * (kernel // 2)
+        self.depthwise = nn.Conv2d(channels, channels, kernel, stride, pad, dilation, channels, bias=False)
         self.pointwise = _pointwise(channels, channels)
         self.norm = Norm(channels, affine=affine)
 
     def parts(self) -> Sequence[Part]:
         conv = self.depthwise
-        kernel = conv.weight.shape[2]
-        weights = (conv.weight, self.pointwise.weight)
-        return (Part(kernels.CONV, kernel, conv.stride, conv.dilation, True, *weights, self.norm),)
+        steps = (conv.weight.shape[2], conv.stride[0], conv.dilation[0])
+        return (Part(kernels.CONV, *steps, True, conv.weight, self.pointwise.weight, self.norm),)
 
     def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
-        return self.norm(self.pointwise(self.depthwise(y)), scale, total)
+        conv = self.depthwise
+        y = spatial_conv(y, conv.weight, conv.stride[0], conv.dilation[0])
+        return self.norm(self.pointwise(y), scale, total)
 
 
 class SepConv(Operation):
@@ -297,6 +283,13 @@ def make_op(name: str, channels: int, stride: int, affine: bool) -> Operation:
     """
     kind, kernel = find_op(name)
     return KINDS[kind](channels, kernel, stride, affine)
+
+
+def prepare(plan: CellPlan, affine: bool) -> tuple[Operation, Operation]:
+    """What brings a cell's two inputs to its size and channels."""
+    (before, last), c = plan.inputs, plan.channels
+    first = FactorizedReduce(before, c, affine) if plan.after_reduction else Conv(before, c, 1, 1, affine)
+    return first, Conv(last, c, 1, 1, affine)
 
 
 def drop_probability(x: Tensor, probability: float) -> Tensor | None:

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import secrets
+import shutil
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -64,6 +66,13 @@ def processor() -> str:
     """The name of this machine's processor, as far as it can be known."""
     names = [line.partition(":")[2].strip() for line in cpuinfo("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """That of this repository, with -dirty if files differ from it; unknown without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    return (done and done.stdout.strip()) or "unknown"
 
 
 @contextmanager

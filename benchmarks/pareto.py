@@ -17,12 +17,11 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 import main_constraint
 import options
+import utils
 from benchmarks import record
 from benchmarks.record import Recorded
 from options.constraint_option import ConstraintOptions
 from resources import cost
-from training import checkpoint
-from training.run import check_same_options
 
 Runs = list[dict[str, Any]]
 
@@ -65,18 +64,10 @@ def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
     """The last row of metrics of one search, run now if it is not finished; a finished one must be of this recipe."""
     name = f"pareto_{opt.measure}_{'free' if budget is None else f'{budget:.12g}'}_{seed}"
     argv = ["--config", opt.preset, *opt.options, "--name", name, "--experiments_dir", opt.experiments_dir]
-    argv += ["--seed", str(seed), "--measure", opt.measure, "--resume", "True"]
+    argv += ["--seed", str(seed), "--measure", opt.measure]
     argv += ["--eta", "0"] if budget is None else [f"--target_{opt.measure}", str(budget)]
-    folder = Path(opt.experiments_dir) / name
-    wanted = options.parse(ConstraintOptions, argv, "main_constraint.py", "")
-    done = checkpoint.epochs(folder, "weights")
-    if not done or done[-1] < wanted.epochs:
-        print(f"--- {name}")
-        main_constraint.main(argv)
-        done = checkpoint.epochs(folder, "weights")
-    stored = checkpoint.load(checkpoint.path_of(folder, "weights", done[-1]))
-    check_same_options(wanted, stored["options"], folder)
-    row = stored["metrics"]
+    folder = record.run_once(main_constraint, ConstraintOptions, argv, "genotype.json")
+    row = utils.read_metrics(folder / "metrics.jsonl")[-1]
     return {
         "budget": budget,
         "seed": seed,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse.typing import PositiveInt
 
 import options
@@ -22,7 +21,6 @@ from benchmarks.record import Recorded
 from genotypes import Genotype
 from options import UserError
 from options.child_option import ChildOptions
-from training.run import check_same_options
 
 
 @dataclass(frozen=True)
@@ -74,17 +72,9 @@ def _cell(opt: BaselineOptions) -> Genotype:
 
 def _one(opt: BaselineOptions, name: str, seed: int, genotype: list[str]) -> dict[str, Any]:
     """Test figures of one retraining, run now if it is not finished; a finished one must be of this recipe."""
-    name = f"{opt.experiment}_{name}"
-    folder = Path(opt.experiments_dir) / name
-    path = folder / "test.json"
-    argv = ["--config", opt.preset, "--name", name, "--experiments_dir", opt.experiments_dir, "--seed", str(seed)]
-    argv += [*genotype, "--resume", "True"]
-    if not path.exists():
-        print(f"--- {name}")
-        retrain.main(argv)
-    stored = yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8"))
-    check_same_options(options.parse(ChildOptions, argv, "retrain.py", ""), stored, folder)
-    figures = json.loads(path.read_text(encoding="utf-8"))
+    argv = ["--config", opt.preset, "--name", f"{opt.experiment}_{name}", "--experiments_dir", opt.experiments_dir]
+    folder = record.run_once(retrain, ChildOptions, [*argv, "--seed", str(seed), *genotype], "test.json")
+    figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     return {
         key: figures[key]
         for key in ("acc", "balanced_acc", "loss", "ece", "params", "flops", "seed", "test_images", "genotype")

@@ -6,18 +6,21 @@ import platform
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from jsonargparse.typing import PositiveInt
 
 import options
 import utils
+from options import O
+from training.run import check_same_options
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,10 +52,9 @@ def parse(kind: type[Options], argv: Sequence[str] | None, name: str, text: str 
 def describe(benchmark: str, argv: Sequence[str] | None) -> dict[str, Any]:
     """Hardware, versions, commit and command of a measurement; argv as its main was given it."""
     command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)])
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "command": command,
-        "commit": git.stdout.strip() or None,
+        "commit": utils.commit(),
         "processor": utils.processor(),
         "instructions": capability(),
         "threads": torch.get_num_threads(),
@@ -105,6 +107,23 @@ def publish(
     utils.write_atomic(page, content)
     print(f"{text}\n\n{foot}")
     return result
+
+
+def run_once(script: ModuleType, kind: type[O], argv: Sequence[str], leaves: str) -> Path:
+    """The folder of a run of a script: an earlier one of the same options, or one that is made or resumed now.
+
+    Args:
+        script: whose main is called. kind: its options. argv: its command line, with --name.
+        leaves: the file that only a finished run has.
+    """
+    argv = [*argv, "--resume", "True"]
+    opt: Any = options.parse(kind, argv, f"{script.__name__}.py", "")
+    folder = Path(opt.experiments_dir) / opt.name
+    if not (folder / leaves).exists():
+        print(f"--- {opt.name}")
+        script.main(argv)
+    check_same_options(opt, yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8")), folder)
+    return folder
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +125,7 @@ def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: 
         "data": trained["dataset"],
         "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
         "epoch": content["epoch"],
-        "commit": _commit(),
+        "commit": utils.commit(),
         "genotype": genotype.to_dict(),
         "options": trained,
     }
@@ -137,10 +136,10 @@ def _find_checkpoint(opt: ExportOptions) -> Path:
     if given.is_file():
         return given
     folder = Path(opt.experiments_dir) / opt.checkpoint
-    known = checkpoint.epochs(folder, "child")
-    if not known:
+    newest = checkpoint.newest(folder, "child")
+    if newest is None:
         raise UserError(f"--checkpoint {opt.checkpoint}: no such file, and no child checkpoint in {folder}")
-    return checkpoint.path_of(folder, "child", known[-1])
+    return newest
 
 
 def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> tuple[Tensor, str]:
@@ -223,14 +222,6 @@ def _latency(predict: Predict, image: np.ndarray[Any, Any], kind: str) -> dict[s
     }
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def _test_figures(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     """acc, balanced_acc, ece, per-class accuracies and number of images of test.json, if it is of these weights."""
     path = folder / "test.json"
@@ -263,7 +254,7 @@ def _markdown(card: Mapping[str, Any]) -> str:
         f"| data | {card['data']} |",
         f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
         f"| training | {card['epoch']} epochs, seed {card['options']['seed']} |",
-        f"| exported | with commit {card['commit'][:12]} |",
+        f"| exported | with commit {card['commit']} |",
         "",
         "| class | training images | test accuracy |",
         "| --- | ---: | ---: |",

@@ -77,7 +77,8 @@ def run_retrain(opt: ChildOptions) -> Tested:
         return _evaluate_only(opt)
     run = open_run(opt, "child", _split(opt), opt.use_valid)
     _check_test_images(run)
-    genotype = _stored_genotype(run) or source.find_genotype(opt, run.data.info)
+    stored = run.loaded and Genotype.from_dict(run.loaded["extra"]["genotype"])
+    genotype = stored or source.find_genotype(opt, run.data.info)
     run.extra["genotype"] = genotype.to_dict()
     learner = make_training(opt, _initial(run, opt, genotype))
     if learner.average is not None:
@@ -128,10 +129,6 @@ def _read_split(path: Path) -> dict[str, list[str]]:
 def _check_test_images(run: Run[ChildOptions]) -> None:
     if not len(run.data.indices["test"]):
         raise UserError("the split has no test images; give a --test_portion above 0")
-
-
-def _stored_genotype(run: Run[ChildOptions]) -> Genotype | None:
-    return Genotype.from_dict(run.loaded["extra"]["genotype"]) if run.loaded else None
 
 
 def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
@@ -245,8 +242,8 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     """Test the newest checkpoint of --name, or the child with the supernet's weights of --init_from; writes nothing."""
     device = utils.pick_device(opt.device)
     folder = Path(opt.experiments_dir) / opt.name
-    known = checkpoint.epochs(folder, "child")
-    content = checkpoint.load(checkpoint.path_of(folder, "child", known[-1])) if known else None
+    newest = checkpoint.newest(folder, "child")
+    content = checkpoint.load(newest) if newest else None
     if opt.init_from is not None and (content is None or content["options"]["init_from"] != opt.init_from):
         content = source.supernet_checkpoint(opt)
         run = Run(opt, "child", folder, device, Data(opt, _split(opt) or content["split"]))

@@ -126,7 +126,7 @@ def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> lis
 def supernet_checkpoint(opt: ChildOptions) -> dict[str, Any]:
     """The newest checkpoint of the search --init_from; raises UserError."""
     folder = Path(opt.experiments_dir) / str(opt.init_from)
-    known = checkpoint.epochs(folder, "weights")
-    if not known:
+    newest = checkpoint.newest(folder, "weights")
+    if newest is None:
         raise UserError(f"--init_from {opt.init_from}: no search checkpoint in {folder}")
-    return checkpoint.load(checkpoint.path_of(folder, "weights", known[-1]))
+    return checkpoint.load(newest)

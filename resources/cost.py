@@ -20,25 +20,19 @@ from torch import Tensor
 from genotypes import SPACES, CellPlan, Genotype, cell_plan, edge_list, find_op
 from loading.batches import DataInfo
 
-MEASURES = ("params", "flops", "mac")
 Size = tuple[int, int]  # H, W
 Pairs = Sequence[tuple[str, int]]  # (op, source state)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of an operation or a network."""
+class Cost(NamedTuple):
+    """Of an operation or a network; costs are added."""
 
     params: int = 0
     flops: int = 0
     mac: int = 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.params + other.params, self.flops + other.flops, self.mac + other.mac)
-
-    def to_dict(self) -> dict[str, int]:
-        """By measure."""
-        return {measure: getattr(self, measure) for measure in MEASURES}
+    def __add__(self, other: tuple[int, ...]) -> "Cost":  # type: ignore[override]
+        return Cost(*map(sum, zip(self, other, strict=True)))
 
 
 def shrink(size: Size, stride: int | Size) -> Size:
@@ -149,7 +143,7 @@ class Deployed:
 
     def price(self, genotype: Genotype) -> dict[str, int]:
         """params, flops and mac of the network of a genotype, without auxiliary head."""
-        return self.total(*pairs(genotype)).to_dict()
+        return self.total(*pairs(genotype))._asdict()
 
     def places(self, concat: tuple[int, int]) -> list[tuple[CellPlan, Size, Size]]:
         """Each cell with the sizes of c_{k-2} and c_{k-1}."""
@@ -235,7 +229,7 @@ def cost(
 
 def supernet_cost(space: str, nodes: int, deployed: Deployed) -> dict[str, int]:
     """params (without alpha), flops and mac of a supernet, all operations of every edge; its norms are not affine."""
-    return deployed.total(*every_pair(space, nodes)).to_dict()
+    return deployed.total(*every_pair(space, nodes))._asdict()
 
 
 @dataclass(frozen=True)
@@ -270,16 +264,12 @@ def table(space: str, nodes: int, deployed: Deployed, fixed: float, price: Calla
 
 def tables(space: str, nodes: int, deployed: Deployed) -> dict[str, Table]:
     """A Table per measure for the architectures of a space, deployed as given."""
-    fixed = deployed.fixed((nodes, nodes)).to_dict()
+    fixed = deployed.fixed((nodes, nodes))
 
-    def of(measure: str) -> Table:
-        def price(place: Place) -> float:
-            value: int = getattr(op_cost(*place, deployed.affine), measure)
-            return value
+    def of(index: int) -> Table:
+        return table(space, nodes, deployed, fixed[index], lambda place: op_cost(*place, deployed.affine)[index])
 
-        return table(space, nodes, deployed, fixed[measure], price)
-
-    return {measure: of(measure) for measure in MEASURES}
+    return {measure: of(index) for index, measure in enumerate(Cost._fields)}
 
 
 def show(value: float) -> str:

@@ -126,7 +126,7 @@ def time_all(space: str, nodes: int, deployed: Deployed, device: str) -> Latenci
                 affine=deployed.affine,
                 in_channels=deployed.in_channels,
             )
-            calls.append(_call(_Logits(network), _noise(deployed.in_channels, deployed.image_size)))
+            calls.append(_call(network, _noise(deployed.in_channels, deployed.image_size)))
             bar.update()
     call, *times = _milliseconds(calls)
     ops = {_key(place): max(0.0, t - call) / _COPIES for place, t in zip(places, times, strict=False)}
@@ -210,19 +210,6 @@ class _Copies(nn.Module):
         for op, x in zip(self.ops[1:], inputs[1:], strict=True):
             total = total + op(x)
         return total
-
-
-class _Logits(nn.Module):
-    """A child without the auxiliary output."""
-
-    def __init__(self, network: ChildNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(1, C, H, W) -> (1, classes)."""
-        logits: Tensor = self.network(images)[0]
-        return logits
 
 
 def _noise(channels: int, size: cost.Size) -> Tensor:

@@ -47,6 +47,12 @@ def epochs(folder: Path, stem: str) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+def newest(folder: Path, stem: str) -> Path | None:
+    """The last STEM_epoch_N.pt of a folder."""
+    known = epochs(folder, stem)
+    return path_of(folder, stem, known[-1]) if known else None
+
+
 def path_of(folder: Path, stem: str, epoch: int) -> Path:
     """STEM_epoch_N.pt, the state after epoch N."""
     return folder / f"{stem}_epoch_{epoch}.pt"

@@ -65,31 +65,20 @@ def update(loss: Tensor, optimizers: Iterable[tuple[torch.optim.Optimizer, float
 
 
 class _Guess:
-    """Says about how long a run will take, after a few of its steps.
+    """Says about how long a run of `epochs` of `steps` each will take, after the first one and 4 more, if there are."""
 
-    Args:
-        epochs: that are left.
-        steps: of an epoch.
-        more: seconds of evaluation an epoch, in steps.
-    """
-
-    STEPS = 4
-
-    def __init__(self, epochs: int, steps: int, more: float) -> None:
-        self._epochs, self._steps, self._more = epochs, steps, more
-        self._start = time.perf_counter()
+    def __init__(self, epochs: int, steps: float, last: int) -> None:
+        self._all, self._last, self._start = epochs * steps, min(4, last), time.perf_counter()
 
     def after(self, index: int, loss: Tensor) -> None:
         """Called after every step of the first epoch."""
-        last = min(self.STEPS, self._steps - 1)
-        if index not in (0, last):
-            return
-        loss.item()  # waits for the device
-        now = time.perf_counter()
-        if index == last:
-            seconds = (now - self._start) / max(1, last) * (self._steps + self._more) * self._epochs
-            tqdm.write(f"time     about {duration(seconds)} (guessed from {max(1, last)} steps)")
-        self._start = now  # the first of several steps warms up
+        if index in (0, self._last):
+            loss.item()  # waits for the device
+            count, now = max(1, self._last), time.perf_counter()
+            if index == self._last:
+                seconds = (now - self._start) / count * self._all
+                tqdm.write(f"time     about {duration(seconds)} (guessed from {count} steps)")
+            self._start = now  # the first of several warms up
 
 
 def train_epoch(
@@ -104,7 +93,7 @@ def train_epoch(
         train_loss, train_acc, the further scalars (means over images), images_per_second.
     """
     steps, mean, seen, start = run.steps, Mean(), 0, time.perf_counter()
-    guess = _Guess(run.opt.epochs - run.epoch, steps, 0.35 * evaluated / run.opt.batch_size)
+    guess = _Guess(run.opt.epochs - run.epoch, steps + 0.35 * evaluated / run.opt.batch_size, steps - 1)
     batches, title = run.train_batches(epoch), f"epoch {epoch}/{run.opt.epochs}"
     with tqdm(batches, title, steps, unit="step", leave=False, disable=None) as bar:
         for index, (images, targets) in enumerate(bar):

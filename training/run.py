@@ -130,11 +130,11 @@ def open_run(
         UserError: the experiment exists, its options differ, or the data cannot be used.
     """
     folder = Path(opt.experiments_dir) / opt.name
-    done = checkpoint.epochs(folder, stem) if opt.resume else []
-    if not done:
+    newest = checkpoint.newest(folder, stem) if opt.resume else None
+    if newest is None:
         _check_free(folder)
     device = utils.pick_device(opt.device)
-    loaded = checkpoint.load(checkpoint.path_of(folder, stem, done[-1])) if done else None
+    loaded = checkpoint.load(newest) if newest else None
     if loaded:
         check_same_options(opt, loaded["options"], folder)
     run_data = Data(opt, loaded["split"] if loaded else split, train_on_valid)

@@ -27,12 +27,13 @@ OPS = (
 NARROWER = {"avx2": "-mno-avx512f", "sse": "-mno-avx512f -mno-avx2 -mno-fma -mno-avx"}  # for 8 and 4 floats a vector
 
 
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no kernels here")
+
+
 @pytest.fixture(autouse=True)
-def _compiled() -> Iterator[None]:
-    if build.library() is None:
-        pytest.skip(f"no kernels here: {build.missing}")
-    yield
-    kernels.enabled = True
+def _switched_back() -> Iterator[None]:
+    with kernels.switched(True):
+        yield
 
 
 @pytest.fixture(params=[*NARROWER])
@@ -64,10 +65,10 @@ def run(
         inputs["scale"] = torch.tensor(scale, dtype=dtype, requires_grad=True)
     if total is not None:
         inputs["total"] = total.to(dtype).requires_grad_()
-    kernels.enabled = fused
-    assert kernels.usable(inputs["x"]) == fused
     more = {} if keep is None else {"keep": keep.to(dtype)}
-    y = op(inputs["x"], inputs.get("scale"), None if total is None else inputs["total"] * 1, **more)
+    with kernels.switched(fused):
+        assert kernels.usable(inputs["x"]) == fused
+        y = op(inputs["x"], inputs.get("scale"), None if total is None else inputs["total"] * 1, **more)
     wanted = inputs | dict(op.named_parameters())
     grads = torch.autograd.grad(y, list(wanted.values()), torch.arange(y.numel(), dtype=dtype).sin().view(y.shape))
     return {"y": y.detach()} | dict(zip(wanted, grads, strict=True)) | dict(op.named_buffers())
@@ -148,7 +149,6 @@ def test_a_factor_for_each_image_and_a_scale_of_an_affine_batch_norm(name: str) 
     keep = torch.tensor([0, 2.0, 1, 0, 0.5]).view(5, 1, 1, 1)
     assert_close(run(op, x, 0.4, total, True, keep), run(op, x, 0.4, total, False, keep))
     y = torch.zeros(5, 20, 6, 6).contiguous(memory_format=torch.channels_last)
-    kernels.enabled = True
     assert (op(x, None, y, keep)[[0, 3]] == 0).all()
 
 
