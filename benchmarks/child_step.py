@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "seconds": runner.in_turns(steps, opt.rounds, torch.device("cpu")),
     }
     name = record.on_this(f"child_step_{opt.init_channels}_{opt.layers}")
-    return record.publish("child_step", argv, opt, figures, _text(opt, **figures), name)
+    return record.publish("child_step", opt, figures, _text(opt, **figures), name)
 
 
 def _step(network: nn.Module, images: Tensor, targets: Tensor, enabled: bool) -> Callable[[], None]:

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"n = {opt.draws} draws, so that a bias below {1.5 / opt.draws**0.5:.3f} times the deviation is none.\n\n"
         + record.table(head, cells)
     )
-    return record.publish("estimators", argv, opt, {"rows": rows}, text, topic="budget")
+    return record.publish("estimators", opt, {"rows": rows}, text, topic="budget")
 
 
 def _gradient(estimate: Any, table: cost.Table, alphas: list[nn.Parameter], z: Z) -> torch.Tensor:

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"{files:,} image files; n = {opt.rounds}, median (lowest to highest).\n\n"
         f"{record.table(['decoded images', 's'], rows)}"
     )
-    return record.publish("first_step", argv, opt, {"files": files, "seconds": seconds}, text)
+    return record.publish("first_step", opt, {"files": files, "seconds": seconds}, text)
 
 
 def _link(source: Path, target: Path, copies: int) -> int:

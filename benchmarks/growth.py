@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     start = ", ".join(f"{k} {v}" for k, v in _BASE.items())
     head = ["of", "sizes", "s a step", "slope of time", "slope of multiply-adds", "slope of memory"]
     text = f"From {start}; medians of n = {opt.rounds}, sizes in turns.\n\n{record.table(head, rows)}"
-    return record.publish("growth", argv, opt, figures, text)
+    return record.publish("growth", opt, figures, text)
 
 
 _BASE = {"batch_size": 32, "layers": 8, "init_channels": 16, "image_size": 32}

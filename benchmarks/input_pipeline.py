@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         contenders[f"ImageFolder, {opt.workers} workers"] = _image_folder(opt, data, opt.workers)
     seconds = runner.in_turns(contenders | {"ours": ours}, opt.rounds, device)
     figures = {"images": images, "channels": data.info.channels, "decoding": decoding, "seconds": seconds}
-    return record.publish("input_pipeline", argv, opt, figures, _text(opt, **figures))
+    return record.publish("input_pipeline", opt, figures, _text(opt, **figures))
 
 
 def _image_folder(opt: PipelineOptions, data: Data, workers: int) -> Callable[[], None]:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     picture = Path(opt.out) / "budget" / f"{opt.measure}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     _draw(opt.measure, runs, picture)
-    return record.publish("pareto", argv, opt, {"runs": runs}, _text(opt, runs), opt.measure, "budget")
+    return record.publish("pareto", opt, {"runs": runs}, _text(opt, runs), opt.measure, "budget")
 
 
 def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:

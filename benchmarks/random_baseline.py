@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cells = {"found": found, "random": drawn}
     for figures in drawn:
         del figures["genotype"]
-    return record.publish("random_baseline", argv, opt, cells, _text(opt, cells), topic="child")
+    return record.publish("random_baseline", opt, cells, _text(opt, cells), topic="child")
 
 
 def _cell(opt: BaselineOptions) -> Genotype:

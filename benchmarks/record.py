@@ -6,7 +6,6 @@ import platform
 import re
 import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +48,13 @@ def parse(kind: type[Options], argv: Sequence[str] | None, name: str, text: str 
     return options.parse(kind, argv, f"python -m benchmarks.{name}", text or "")
 
 
-def describe(benchmark: str, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Hardware, versions, commit and command of a measurement; argv as its main was given it."""
-    command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)])
+def describe(benchmark: str, opt: Recorded) -> dict[str, Any]:
+    """Hardware, versions, commit and command of a measurement: the options that are not the defaults."""
+    usual = dataclasses.asdict(type(opt)())
+    given = {key: value for key, value in dataclasses.asdict(opt).items() if value != usual[key] and key != "out"}
+    command = ["python", "-m", f"benchmarks.{benchmark}", *(f"--{key}={value}" for key, value in given.items())]
     return {
-        "command": command,
+        "command": shlex.join(command),
         "commit": utils.commit(),
         "processor": utils.processor(),
         "instructions": capability(),
@@ -75,18 +76,12 @@ def on_this(name: str) -> str:
 
 
 def publish(
-    benchmark: str,
-    argv: Sequence[str] | None,
-    opt: Recorded,
-    figures: Mapping[str, Any],
-    text: str,
-    name: str = "",
-    topic: str = "performance",
+    benchmark: str, opt: Recorded, figures: Mapping[str, Any], text: str, name: str = "", topic: str = "performance"
 ) -> dict[str, Any]:
     """Write OUT/TOPIC/NAME.json and the part of OUT/TOPIC.md between the marks of NAME; returns what the JSON holds.
 
     Args:
-        benchmark: the module. argv: its command line. opt: its options.
+        benchmark: the module. opt: its options.
         figures: what was measured.
         text: the part of the page; what it was measured with is added.
         name: the benchmark's if empty.
@@ -94,7 +89,7 @@ def publish(
     """
     name = name or benchmark
     setting = {key: value for key, value in dataclasses.asdict(opt).items() if key != "out"}
-    result = {"machine": describe(benchmark, argv), "setting": setting, **figures}
+    result = {"machine": describe(benchmark, opt), "setting": setting, **figures}
     folder, page = Path(opt.out) / topic, Path(opt.out) / f"{topic}.md"
     utils.write_atomic(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     machine = result["machine"]

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"{opt.image_size}, one thread a process; n = {opt.rounds} steps, median (lowest to highest), one after the "
         f"other.\n\n{record.table(['processes', 'images a second', 'times one'], rows)}"
     )
-    return record.publish("scaling", argv, opt, {"images_per_second": rates}, text)
+    return record.publish("scaling", opt, {"images_per_second": rates}, text)
 
 
 def _work(rank: int, opt: ScalingOptions, count: int, address: str, queue: Any) -> None:

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "pairs": {name: _in_turns(opt, names[0], name) for name in names[1:]},
     }
     text = _text(opt, names[0], figures)
-    return record.publish("search_step", argv, opt, figures, text, record.on_this("search_step"))
+    return record.publish("search_step", opt, figures, text, record.on_this("search_step"))
 
 
 def start(opt: StepOptions, name: str) -> runner.Worker:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"One search step, {opt.layers} cells, batch {opt.batch_size}, float32; n = {opt.rounds} "
         f"steps each in turns, median (lowest to highest).\n\n{record.table(head, rows)}"
     )
-    return record.publish("widths", argv, opt, {"cases": cases}, text, record.on_this("widths"))
+    return record.publish("widths", opt, {"cases": cases}, text, record.on_this("widths"))
 
 
 if __name__ == "__main__":

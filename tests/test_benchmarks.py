@@ -121,14 +121,14 @@ def test_results_replace_their_own_part_of_the_page(tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text("before\n<!-- one -->\nold\n<!-- end -->\nbetween\n<!-- two -->\nkept\n<!-- end -->\nafter\n")
     opt = record.Rounds(out=str(tmp_path), rounds=2)
-    result = record.publish("one", ["--rounds", "2 3"], opt, {"seconds": [1.0]}, "new")
+    result = record.publish("one", opt, {"seconds": [1.0]}, "new")
     assert result == json.loads((tmp_path / "performance" / "one.json").read_text())
     assert result["setting"] == {"rounds": 2} and result["seconds"] == [1.0]
     content = page.read_text()
     assert content.startswith("before\n<!-- one -->\nnew\n") and "old" not in content
     assert (
         content.endswith("between\n<!-- two -->\nkept\n<!-- end -->\nafter\n")
-        and "`python -m benchmarks.one --rounds '2 3'`" in content
+        and "`python -m benchmarks.one --rounds=2`" in content
     )
 
 
