@@ -60,7 +60,7 @@ OPS: dict[str, Op] = {
 
 
 def find_op(name: str) -> Op:
-    """The operation of a name of SPACES; raises ValueError for others."""
+    """The operation of a name of OPS; raises ValueError for others."""
     try:
         return OPS[name]
     except KeyError:
@@ -275,7 +275,7 @@ def random_genotype(space: str, random: Random, nodes: int = 4) -> Genotype:
 
 
 _SHORT = {"skip": "skip_connect", "max": "max_pool_3x3", "avg": "avg_pool_3x3"}
-_SHORT |= {f"{kind}{k}": f"{kind}_conv_{k}x{k}" for kind in ("sep", "dil") for k in (3, 5, 7)}
+_SHORT |= {f"sep{k}": f"sep_conv_{k}x{k}" for k in (3, 5, 7)} | {f"dil{k}": f"dil_conv_{k}x{k}" for k in (3, 5)}
 
 
 def _cell(text: str) -> tuple[Node, ...]:

@@ -135,12 +135,15 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     @classmethod
+    def of(cls, opt: Mapping[str, Any], data: Mapping[str, Any]) -> "Network":
+        """The supernet of a search's options and data (options.to_dict, DataInfo.to_dict), as a checkpoint has them."""
+        sizes = (opt["init_channels"], len(data["classes"]), opt["layers"], opt["space"], opt["nodes"])
+        return cls(*sizes, data["channels"], opt.get("drop_path_prob", 0.0), opt.get("recompute", False))
+
+    @classmethod
     def from_checkpoint(cls, content: Mapping[str, Any]) -> "Network":
         """The supernet of a search's checkpoint (checkpoint.load), with its weights and alpha."""
-        opt, info = content["options"], content["data"]
-        network = cls(
-            opt["init_channels"], len(info["classes"]), opt["layers"], opt["space"], opt["nodes"], info["channels"]
-        )
+        network = cls.of(content["options"], content["data"])
         network.load_state_dict(content["parts"]["network"])
         return network
 

@@ -46,7 +46,7 @@ class Norm(nn.BatchNorm2d):
         """BN(x), or total + scale * BN(x), the latter in place."""
         parts = (Part(kernels.NOTHING, norm=self),)
         if fused(x, parts):
-            return kernels.apply(x, [parts], scale, (0,), total)
+            return kernels.apply_one(x, parts, scale, total)
         assert self.momentum is not None and self.num_batches_tracked is not None
         if self.training and self.momentum:
             self.num_batches_tracked.add_(1)
@@ -61,7 +61,7 @@ class Norm(nn.BatchNorm2d):
 
 
 def fused(x: Tensor, parts: Sequence[Part]) -> bool:
-    """Whether the kernels work on x and are faster than PyTorch's operations for such parts."""
+    """Whether the kernels work on x and are taken for such parts."""
     return bool(parts) and kernels.usable(x) and all(part.kind in choice.taken(_contest) for part in parts)
 
 
@@ -128,7 +128,7 @@ class Operation(nn.Module):
         state = state if isinstance(state, State) else State(state)
         parts = self.parts()
         if fused(state.x, parts):
-            return kernels.apply(state.x, [parts], scale, (0,), total, keep)
+            return kernels.apply_one(state.x, parts, scale, total, keep)
         y = state.through(self.shared)
         if keep is None:
             return self.own(y, scale, total)
@@ -313,7 +313,7 @@ def kernels_in_words() -> str:
 
 
 def _contest() -> choice.Contest:
-    """A forward and backward pass of each kind, with the kernels and without, on a typical state."""
+    """A typical state, and a module of each kind of part."""
     x = torch.randn(32, 16, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
     modules: dict[str, nn.Module] = {
         "norm": Norm(16, affine=False),
@@ -322,4 +322,4 @@ def _contest() -> choice.Contest:
         "mean": Pool("avg_pool", 3, 16, 1, affine=False),
         "reduction": FactorizedReduce(16, 16, affine=False),
     }
-    return choice.contest(x, modules)
+    return choice.passes(x, modules)

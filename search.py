@@ -5,7 +5,6 @@ Xie et al. 2019 (arXiv 1812.09926): minimise E_{Z ~ p_alpha}[L_theta(Z)] over th
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,18 +13,19 @@ import torch
 from torch import Tensor
 
 import genotypes
+import options
 import sampling
 import utils
 import visualize
-from loading.batches import DataInfo
+from loading.batches import Batches, DataInfo
 from model_search import Network
 from objective import Objective
 from options.default_option import TrainOptions
 from resources import cost
 from sampling import Z
 from training import evaluation, loop
-from training.evaluation import Batches, Figures
-from training.run import Run, Stateful, announce, open_run
+from training.evaluation import Figures
+from training.run import Run, Stateful, announce, open_run, resumable
 
 # (network, info, opt) -> the objective; the loop knows none by name
 MakeObjective = Callable[[Network, DataInfo, TrainOptions], Objective]
@@ -53,7 +53,7 @@ class Learner:
 def make_learner(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> Learner:
     """The supernet, its objective, SGD for theta and Adam for alpha, seeded; on the CPU."""
     torch.manual_seed(utils.fold(opt.seed, "init"))
-    network = make_network(opt, info)
+    network = Network.of(options.to_dict(opt), info.to_dict())
     theta = torch.optim.SGD(
         network.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
     )
@@ -65,23 +65,7 @@ def make_learner(opt: TrainOptions, info: DataInfo, make_objective: MakeObjectiv
     return Learner(network, objective, theta, alpha, scheduler, opt.grad_clip, opt.arch_grad_clip)
 
 
-def make_network(opt: TrainOptions, info: DataInfo) -> Network:
-    """The supernet of the options and the data."""
-    return Network(
-        opt.init_channels,
-        len(info.classes),
-        opt.layers,
-        opt.space,
-        opt.nodes,
-        info.channels,
-        opt.drop_path_prob,
-        opt.recompute,
-    )
-
-
-def search_step(
-    learner: Learner, images: Tensor, targets: Tensor, z: Z, autocast: AbstractContextManager[None]
-) -> loop.Step:
+def search_step(learner: Learner, images: Tensor, targets: Tensor, z: Z, autocast: torch.autocast) -> loop.Step:
     """The SNAS step: one Z, one forward, one backward; theta and alpha are updated together.
 
     Args:
@@ -115,6 +99,7 @@ class Found(NamedTuple):
     pictures: list[Path]
 
 
+@resumable()
 def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     """Search an architecture: resume or start, train every epoch, derive, write genotype.json, draw it.
 
@@ -189,16 +174,14 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
     return row
 
 
-def evaluate_z(
-    network: Network, z: Z, autocast: AbstractContextManager[None], training: Batches, batches: Batches
-) -> Figures:
+def evaluate_z(network: Network, z: Z, autocast: torch.autocast, calibration: Batches, batches: Batches) -> Figures:
     """The supernet at one Z on some batches; batch-norm statistics are estimated for it on training images."""
 
     def forward(images: Tensor) -> Tensor:
         with autocast:
             return network(images, z)
 
-    with evaluation.calibrated(network, forward, training):
+    with evaluation.calibrated(network, forward, calibration):
         return evaluation.evaluate(forward, batches)
 
 

@@ -68,9 +68,10 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def commit() -> str:
+def commit(digits: int = 40) -> str:
     """That of this repository, with -dirty if files differ from it; unknown without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    how = ["describe", "--always", "--dirty", "--exclude=*", f"--abbrev={digits}"]
+    command = ["git", "-C", str(Path(__file__).parent), *how]
     done = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
     return (done and done.stdout.strip()) or "unknown"
 

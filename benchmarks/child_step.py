@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     steps = {name: _step(network, images, targets, name != "without kernels") for name, network in networks.items()}
     figures: dict[str, Any] = {
         "params": {name: parameters(network) for name, network in networks.items()},
-        "seconds": runner.in_turns(steps, opt.rounds, torch.device("cpu")),
+        "seconds": runner.compare(steps, opt.rounds, torch.device("cpu")),
     }
     name = record.on_this(f"child_step_{opt.init_channels}_{opt.layers}")
     return record.publish("child_step", opt, figures, _text(opt, **figures), name)

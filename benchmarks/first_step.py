@@ -44,6 +44,8 @@ main.main(sys.argv[1:])
 class FirstOptions(Rounds):
     """What is measured."""
 
+    rounds: PositiveInt = 5
+    """Starts of each kind, in turns."""
     dataset: str = "dataset"
     """A folder with one subfolder of images per class."""
     copies: PositiveInt = 1
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return _start(opt, root)
 
         contenders = {"cold": cold, "warm": lambda: _start(opt, root)}
-        utils.in_turns(contenders, 1)  # the kernels are compiled, the files are in memory
+        _start(opt, root)  # the kernels are compiled, the files are in memory
         seconds = utils.in_turns(contenders, opt.rounds)
     side = f" --image_size {opt.image_size}" if opt.image_size else ""
     rows = [[kind, record.spread(times, 1)] for kind, times in seconds.items()]

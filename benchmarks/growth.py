@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jsonargparse.typing import PositiveInt
+
 import options
 import utils
 from benchmarks import record, search_step
@@ -29,6 +31,8 @@ SIZES = {
 class GrowthOptions(Rounds):
     """What is measured."""
 
+    rounds: PositiveInt = 5
+    """Steps of each size, in turns."""
     device: str = "auto"
     """As for main.py."""
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     contenders: dict[str, Callable[[], None]] = {"ImageFolder": _image_folder(opt, data, 0)}
     if opt.workers:
         contenders[f"ImageFolder, {opt.workers} workers"] = _image_folder(opt, data, opt.workers)
-    seconds = runner.in_turns(contenders | {"ours": ours}, opt.rounds, device)
+    seconds = runner.compare(contenders | {"ours": ours}, opt.rounds, device)
     figures = {"images": images, "channels": data.info.channels, "decoding": decoding, "seconds": seconds}
     return record.publish("input_pipeline", opt, figures, _text(opt, **figures))
 

@@ -18,7 +18,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 import main_constraint
 import options
 import utils
-from benchmarks import record
+from benchmarks import record, runner
 from benchmarks.record import Recorded
 from options.constraint_option import ConstraintOptions
 from resources import cost
@@ -66,7 +66,7 @@ def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
     argv = ["--config", opt.preset, *opt.options, "--name", name, "--experiments_dir", opt.experiments_dir]
     argv += ["--seed", str(seed), "--measure", opt.measure]
     argv += ["--eta", "0"] if budget is None else [f"--target_{opt.measure}", str(budget)]
-    folder = record.run_once(main_constraint, ConstraintOptions, argv, "genotype.json")
+    folder = runner.run_once(main_constraint, ConstraintOptions, argv, "genotype.json")
     row = utils.read_metrics(folder / "metrics.jsonl")[-1]
     return {
         "budget": budget,

@@ -16,7 +16,7 @@ from jsonargparse.typing import PositiveInt
 
 import options
 import retrain
-from benchmarks import record
+from benchmarks import record, runner
 from benchmarks.record import Recorded
 from genotypes import Genotype
 from options import UserError
@@ -73,7 +73,7 @@ def _cell(opt: BaselineOptions) -> Genotype:
 def _one(opt: BaselineOptions, name: str, seed: int, genotype: list[str]) -> dict[str, Any]:
     """Test figures of one retraining, run now if it is not finished; a finished one must be of this recipe."""
     argv = ["--config", opt.preset, "--name", f"{opt.experiment}_{name}", "--experiments_dir", opt.experiments_dir]
-    folder = record.run_once(retrain, ChildOptions, [*argv, "--seed", str(seed), *genotype], "test.json")
+    folder = runner.run_once(retrain, ChildOptions, [*argv, "--seed", str(seed), *genotype], "test.json")
     figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     return {
         key: figures[key]

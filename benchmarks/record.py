@@ -8,18 +8,15 @@ import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from jsonargparse.typing import PositiveInt
 
 import options
 import utils
-from options import O
-from training.run import check_same_options
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,10 +49,10 @@ def describe(benchmark: str, opt: Recorded) -> dict[str, Any]:
     """Hardware, versions, commit and command of a measurement: the options that are not the defaults."""
     usual = dataclasses.asdict(type(opt)())
     given = {key: value for key, value in dataclasses.asdict(opt).items() if value != usual[key] and key != "out"}
-    command = ["python", "-m", f"benchmarks.{benchmark}", *(f"--{key}={value}" for key, value in given.items())]
+    command = ["python", "-m", f"benchmarks.{benchmark}", *(f"--{key}={_plain(value)}" for key, value in given.items())]
     return {
         "command": shlex.join(command),
-        "commit": utils.commit(),
+        "commit": utils.commit(12),
         "processor": utils.processor(),
         "instructions": capability(),
         "threads": torch.get_num_threads(),
@@ -63,6 +60,10 @@ def describe(benchmark: str, opt: Recorded) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def capability() -> str:
@@ -88,7 +89,7 @@ def publish(
         topic: the page.
     """
     name = name or benchmark
-    setting = {key: value for key, value in dataclasses.asdict(opt).items() if key != "out"}
+    setting = {key: value for key, value in dataclasses.asdict(opt).items() if key != "out" and value is not None}
     result = {"machine": describe(benchmark, opt), "setting": setting, **figures}
     folder, page = Path(opt.out) / topic, Path(opt.out) / f"{topic}.md"
     utils.write_atomic(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -102,23 +103,6 @@ def publish(
     utils.write_atomic(page, content)
     print(f"{text}\n\n{foot}")
     return result
-
-
-def run_once(script: ModuleType, kind: type[O], argv: Sequence[str], leaves: str) -> Path:
-    """The folder of a run of a script: an earlier one of the same options, or one that is made or resumed now.
-
-    Args:
-        script: whose main is called. kind: its options. argv: its command line, with --name.
-        leaves: the file that only a finished run has.
-    """
-    argv = [*argv, "--resume", "True"]
-    opt: Any = options.parse(kind, argv, f"{script.__name__}.py", "")
-    folder = Path(opt.experiments_dir) / opt.name
-    if not (folder / leaves).exists():
-        print(f"--- {opt.name}")
-        script.main(argv)
-    check_same_options(opt, yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8")), folder)
-    return folder
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -139,5 +123,4 @@ def ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, list[
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Slope of log(value) over log(size): 1 where a value grows in proportion."""
-    x, y = torch.tensor([sizes, values], dtype=torch.float64).log()
-    return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+    return statistics.linear_regression([log(x) for x in sizes], [log(y) for y in values]).slope

@@ -1,22 +1,26 @@
-"""The one runner: contenders that take turns, in this process or each in its own; and what the machine can do."""
+"""The one runner: contenders that take turns, in this process or each in its own; whole runs of scripts; limits."""
 
 import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+import yaml
 
+import options
 import utils
 from benchmarks.record import ROOT
-from options import UserError
+from options import O, UserError
+from training.run import check_same_options
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
+def synced(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of a call, what the device still has to do included."""
 
     def whole() -> None:
@@ -27,9 +31,9 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return utils.timed(whole)
 
 
-def in_turns(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def compare(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every contender, one call each in turn, after one call each that does not count."""
-    timers = {name: partial(timed, call, device) for name, call in contenders.items()}
+    timers = {name: partial(synced, call, device) for name, call in contenders.items()}
     utils.in_turns(timers, 1)
     return utils.in_turns(timers, rounds)
 
@@ -38,13 +42,30 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second read and written by a copy that does not fit into the cache; the best of 10."""
     source = torch.ones(2**26, device=device)  # 256 MB
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * source.numel() * 4 / min(synced(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def matmul_rate(device: torch.device) -> float:
     """Multiply-adds a second of a float32 matrix product; the best of 10."""
     a = torch.randn(2048, 2048, device=device)
-    return 2048**3 / min(timed(lambda: a @ a, device) for _ in range(10))
+    return 2048**3 / min(synced(lambda: a @ a, device) for _ in range(10))
+
+
+def run_once(script: ModuleType, kind: type[O], argv: Sequence[str], leaves: str) -> Path:
+    """The folder of a run of a script: an earlier one of the same options, or one that is made or resumed now.
+
+    Args:
+        script: whose main is called. kind: its options. argv: its command line, with --name.
+        leaves: the file that only a finished run has.
+    """
+    argv = [*argv, "--resume", "True"]
+    opt: Any = options.parse(kind, argv, f"{script.__name__}.py", "")
+    folder = Path(opt.experiments_dir) / opt.name
+    if not (folder / leaves).exists():
+        print(f"--- {opt.name}")
+        script.main(argv)
+    check_same_options(opt, yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8")), folder)
+    return folder
 
 
 class Worker:
@@ -100,7 +121,7 @@ def serve(
         step()
     print("ready", flush=True)
     for _ in iter(sys.stdin.readline, "\n"):
-        print(timed(step, device), flush=True)
+        print(synced(step, device), flush=True)
     result = {"peak_bytes": peak_memory(device), "before_bytes": before, **more(step)}
     print(json.dumps(result), flush=True)
     return result

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             ours()
             torch.set_num_threads(threads)
 
-        seconds = runner.in_turns({"plain": plain, "ours": ours, "one thread": alone}, opt.rounds, cpu)
+        seconds = runner.compare({"plain": plain, "ours": ours, "one thread": alone}, opt.rounds, cpu)
         cases.append({"init_channels": channels, "image_size": size, "seconds": seconds})
     rows = [
         [

@@ -232,7 +232,7 @@ def _test_figures(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | 
 
 
 def _markdown(card: Mapping[str, Any]) -> str:
-    test, latency = card["test"], card["latency"]
+    test, took = card["test"], card["latency"]
     lines = [f"# {card['file']}", ""]
     if test:
         lines += [
@@ -248,13 +248,13 @@ def _markdown(card: Mapping[str, Any]) -> str:
         f"| input | {card['input']}; normalisation is inside |",
         f"| output | {card['output']} |",
         f"| size | {card['params']:,} parameters, {card['flops'] / 1e6:,.2f} Mflops (multiply-adds) an image |",
-        f"| latency | {latency['latency_ms']:.2f} ms an image ({latency['p10_ms']:.2f} to {latency['p90_ms']:.2f}, "
-        f"n = {latency['n']}), {latency['runtime']}, {latency['device']} |",
+        f"| latency | {took['latency_ms']:.2f} ms an image ({took['p10_ms']:.2f} to {took['p90_ms']:.2f}, "
+        f"n = {took['n']}), {took['runtime']}, {took['device']} |",
         f"| file against model | logits differ by at most {card['largest_difference']:.1e} on {card['compared_on']} |",
         f"| data | {card['data']} |",
         f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
         f"| training | {card['epoch']} epochs, seed {card['options']['seed']} |",
-        f"| exported | with commit {card['commit']} |",
+        f"| exported | with commit {card['commit'][:12]} |",
         "",
         "| class | training images | test accuracy |",
         "| --- | ---: | ---: |",

@@ -22,7 +22,7 @@ from options import UserError
 from options.child_option import ChildOptions
 from resources.cost import Deployed
 from training import checkpoint, evaluation, loop
-from training.run import Run, Stateful, announce, check_same_options, open_run
+from training.run import Run, Stateful, announce, check_same_options, open_run, resumable
 
 
 class Tested(NamedTuple):
@@ -34,7 +34,7 @@ class Tested(NamedTuple):
 
 
 @dataclass
-class Training:
+class ChildLearner:
     """What is trained and what trains it."""
 
     network: ChildNetwork
@@ -51,7 +51,7 @@ class Training:
         return cast(ChildNetwork, self.average.module) if self.average is not None else self.network
 
 
-def make_training(opt: ChildOptions, network: ChildNetwork) -> Training:
+def make_learner(opt: ChildOptions, network: ChildNetwork) -> ChildLearner:
     """The child with SGD, its schedule and, with --ema_decay, the average of its weights."""
     optimizer = torch.optim.SGD(
         network.parameters(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
@@ -64,9 +64,10 @@ def make_training(opt: ChildOptions, network: ChildNetwork) -> Training:
     average = None
     if opt.ema_decay:
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(opt.ema_decay), use_buffers=True)
-    return Training(network, optimizer, scheduler, average)
+    return ChildLearner(network, optimizer, scheduler, average)
 
 
+@resumable()
 def run_retrain(opt: ChildOptions) -> Tested:
     """Train the child of a genotype, then test it once and write test.json; or, with --eval_only, just test.
 
@@ -80,7 +81,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
     stored = run.loaded and Genotype.from_dict(run.loaded["extra"]["genotype"])
     genotype = stored or source.find_genotype(opt, run.data.info)
     run.extra["genotype"] = genotype.to_dict()
-    learner = make_training(opt, _initial(run, opt, genotype))
+    learner = make_learner(opt, _initial(run, opt, genotype))
     if learner.average is not None:
         learner.average.to(run.device)
     run.restore(learner.parts())
@@ -146,7 +147,7 @@ def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype) -> C
     return network.to(run.device)
 
 
-def _one_epoch(run: Run[ChildOptions], learner: Training, epoch: int) -> dict[str, Any]:
+def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int) -> dict[str, Any]:
     opt = run.opt
     network, start = learner.network.train(), time.perf_counter()
     network.drop_path_prob = opt.drop_path_prob * (epoch - 1) / max(1, opt.epochs - 1)

@@ -8,6 +8,9 @@ struct Backward : Shape {
     const Pointwise &pointwise = projection.pointwise;
     const Pooling &pooling = projection.pooling;
 
+    explicit Backward(const Shape &shape) : Shape(shape) {}
+    Backward(const Backward &) = delete; // its references are to itself
+
     // For all images: y = a p + ..., and the gradient of p = a up + slope (p - mean) + shift; each (Cp).
     struct Batch {
         Projection::Weights weights;
@@ -25,7 +28,7 @@ struct Backward : Shape {
         return projection.own_size() + padded(bordered) + padded(pooling.halfway()) + padded(gradients()) +
                padded(strip());
     }
-    Own take(Scratch from) const {
+    Own take(Scratch &from) const {
         const auto x = projection.take(from);
         float *border = from.zeros(bordered), *between = from.take(pooling.halfway());
         float *p = from.take(gradients());
@@ -41,10 +44,8 @@ struct Backward : Shape {
         if (!arena.reserve(2 * chunk_size + 6 * padded(Cp) + padded(size_t(s.batch) * 2 * Cp) + chunks * chunk_size +
                            all + s.threads * mine))
             return 1;
-        const auto weights = projection.pack(true);
-        float *each[6]; // as in Batch
-        for (float *&at : each) at = arena.zeros(Cp);
-        const Batch batch{weights, each[0], each[1], each[2], each[3], each[4], each[5]};
+        const Batch batch{projection.pack(true), arena.zeros(Cp), arena.zeros(Cp), arena.zeros(Cp),
+                          arena.zeros(Cp),       arena.zeros(Cp), arena.zeros(Cp)};
         float *parts = arena.take(size_t(s.batch) * 2 * Cp), *partial = arena.zeros(chunks * chunk_size);
         float *projected = arena.take(all), *owned = arena.take(s.threads * mine);
         if (s.kept) projected = s.kept;
@@ -60,7 +61,8 @@ struct Backward : Shape {
 
 #pragma omp parallel num_threads(s.threads)
         {
-            const Own own = take({owned + omp_get_thread_num() * mine});
+            Scratch scratch{owned + omp_get_thread_num() * mine};
+            const Own own = take(scratch);
             const Share images(needed || again ? s.batch : 0);
             for (int i = images.first; i < images.last; i++) {
                 float *both = parts + size_t(i) * 2 * Cp;
@@ -68,7 +70,7 @@ struct Backward : Shape {
                     norm.sums(s.grad + size_t(i) * n * C, p, from, to, batch.mean, batch.invstd, norm.keep(i), both,
                               both + Cp);
                 };
-                if (again) projection.image(s.x + i * input, weights, own.x, projected + i * pixels, add);
+                if (again) projection.image(s.x + i * input, batch.weights, own.x, projected + i * pixels, add);
                 else steps([&](int from, int to) { add(source(i), from, to); });
             }
 #pragma omp barrier

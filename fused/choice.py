@@ -16,7 +16,7 @@ import utils
 from fused import build
 from fused import operation as kernels
 
-KINDS = {
+NAMES = {
     kernels.NOTHING: "norm",
     kernels.CONV: "convolution",
     kernels.MAX: "max",
@@ -38,14 +38,14 @@ def taken(contest: Callable[[], Contest]) -> frozenset[int]:
         contest: gives two calls for every kind, with and without the kernels.
     """
     if not _taken:
-        _taken.append(frozenset(KINDS))  # all while it is measured
+        _taken.append(frozenset(NAMES))  # all while it is measured
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             _ratios.update(_speedups(contest))
-        _taken[0] = frozenset(kind for kind, name in KINDS.items() if _ratios.get(name, 1.0) >= _EVEN)
+        _taken[0] = frozenset(kind for kind, name in NAMES.items() if _ratios.get(name, 1.0) >= _EVEN)
     return _taken[0]
 
 
-def contest(x: torch.Tensor, modules: Mapping[str, torch.nn.Module]) -> Contest:
+def passes(x: torch.Tensor, modules: Mapping[str, torch.nn.Module]) -> Contest:
     """A forward and backward pass on x of a module of each kind, with the kernels and without."""
 
     def call(module: torch.nn.Module, enabled: bool) -> Callable[[], None]:
@@ -66,7 +66,7 @@ def in_words(contest: Callable[[], Contest]) -> str:
     kinds = taken(contest)
     ratios = ", ".join(f"{name} {ratio:.1f}" for name, ratio in _ratios.items())
     why = f"measured times faster than PyTorch's: {ratios}" if ratios else "SNAS_KERNELS=on"
-    slow = ", ".join(name for kind, name in KINDS.items() if kind not in kinds)
+    slow = ", ".join(name for kind, name in NAMES.items() if kind not in kinds)
     return f"fused, vectors of {library.vector_width()} floats{f', but not for {slow}' if slow else ''}; {why}"
 
 

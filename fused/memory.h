@@ -19,6 +19,8 @@ constexpr int FENCE = 16; // floats behind each part of the scratch memory that 
 constexpr int FENCE = 0;
 #endif
 
+namespace {
+
 constexpr size_t padded(size_t floats) { return (floats + 15) / 16 * 16 + FENCE; }
 
 // Scratch memory that is handed out in parts.
@@ -61,7 +63,7 @@ struct Arena : Scratch {
     }
 };
 
-static thread_local Arena arena;
+thread_local Arena arena;
 
 // The images from first to last of the thread that asks.
 struct Share {
@@ -71,3 +73,5 @@ struct Share {
         first = one * count / all, last = (one + 1) * count / all;
     }
 };
+
+} // namespace

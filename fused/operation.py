@@ -102,7 +102,7 @@ def apply(
     Args:
         x: (B, D, H, W).
         operations: at least one; all give (B, C, ceil(H / stride), ceil(W / stride)).
-        scales: (O,), or a scalar; 1 if None.
+        scales: (O,); 1 if None.
         places: where the scale of each operation is.
         total: the sum so far, of the result's shape, channels_last.
         keep: a factor for each image, (B, 1, 1, 1).
@@ -112,8 +112,14 @@ def apply(
     """
     parts = [part for operation in operations for part in operation]
     tensors = [t for p in parts for t in (p.depthwise, p.pointwise, *_affine(p.norm))]
-    scales = None if scales is None else scales.reshape(-1)
     return _Apply.apply(x, scales, total, keep, tuple(operations), tuple(places), *tensors)
+
+
+def apply_one(
+    x: Tensor, operation: Operation, scale: Tensor | None, total: Tensor | None, keep: Tensor | None = None
+) -> Tensor:
+    """total + keep * scale * operation(x), for a single one with a scalar as its scale; see `apply`."""
+    return apply(x, [operation], None if scale is None else scale.reshape(1), (0,), total, keep)
 
 
 def _affine(norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None]:

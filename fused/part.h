@@ -19,8 +19,9 @@ struct Part { // as operation.py fills it
     float *out;                                     // (B, h, w, channels)
     float *kept;                                    // p as forward leaves it to backward, kept_floats(); may be missing
     const float *normal;                            // p normalised, like out; missing backward: p is kept or made again
-    const float *grad;                              // of out; the rest is written backward, grad_x: or added to
-    float *grad_x, *grad_depthwise, *grad_pointwise, *grad_gamma, *grad_beta, *grad_scale;
+    const float *grad;                              // of out; the rest is written backward
+    float *grad_x; // added to if accumulate
+    float *grad_depthwise, *grad_pointwise, *grad_gamma, *grad_beta, *grad_scale;
 };
 
 enum Kind { NOTHING, CONV, MAX, MEAN, HALVES };

@@ -39,6 +39,11 @@ struct Last {
     void store(float *image, int64_t i, vec v) const { memcpy(image + i * row, &v, 4 * rest); }
 };
 
+template <typename Lanes, typename Body> inline void pairs(int64_t i, int64_t last, Lanes lanes, Body &body) {
+    for (; i + 2 <= last; i += 2) body(i, lanes, Int<0>()), body(i + 1, lanes, Int<1>());
+    if (i < last) body(i, lanes, Int<0>());
+}
+
 // body(pixel, lanes, parity) for the pixels from first to last of `count`, at their channels from g on
 template <typename Body>
 inline void each(int channels, int64_t count, int g, int64_t first, int64_t last, Body body) {
@@ -51,10 +56,6 @@ inline void each(int channels, int64_t count, int g, int64_t first, int64_t last
     whole = whole < first ? first : whole < last ? whole : last;
     pairs(first, whole, Shared{channels, own}, body);
     pairs(whole, last, Last{channels, rest}, body);
-}
-template <typename Lanes, typename Body> inline void pairs(int64_t i, int64_t last, Lanes lanes, Body &body) {
-    for (; i + 2 <= last; i += 2) body(i, lanes, Int<0>()), body(i + 1, lanes, Int<1>());
-    if (i < last) body(i, lanes, Int<0>());
 }
 
 // Asks for floats that are needed next: those that are the group g's of all channels.

@@ -62,7 +62,7 @@ class Augmentation:
 
 
 def _folder(opt: DataOptions) -> ImageSet:
-    folder = images.scan(Path(opt.dataset))
+    folder = images.scan(Path(opt.dataset), LOADERS)
     pixels = images.decode(folder, opt.image_size, opt.max_ram_gb, opt.cache_dir)
     return ImageSet(pixels, torch.tensor(folder.labels), folder.classes, folder.files)
 

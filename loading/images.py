@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,16 +32,19 @@ class ImageFolder(NamedTuple):
     labels: list[int]
 
 
-def scan(root: Path) -> ImageFolder:
+def scan(root: Path, names: Iterable[str] = ()) -> ImageFolder:
     """List a folder with one subfolder of images per class, at any depth, hidden ones left out.
+
+    Args:
+        names: what might have been meant instead.
 
     Raises:
         UserError: no such folder, fewer than two classes, or a class without an image.
     """
     if not root.is_dir():
         raise UserError(
-            f"--dataset {root}: no such folder; give a folder with one subfolder of images per class, "
-            "or cifar10, cifar100, fashion_mnist"
+            f"--dataset {root}: no such folder; give a folder with one subfolder of images per class"
+            + "".join(f", or {name}" for name in names)
         )
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
     files: list[str] = []
@@ -129,7 +132,7 @@ def _read_all(folder: ImageFolder, image_size: int | None, most: float) -> list[
     """Every image, the first ones with their pixels, `most` bytes of them in all."""
     images: list[_Read] = []
     kept = 0
-    for image in _in_threads(lambda name: _read(folder.root / name, image_size), folder, folder.files):
+    for image in _each(lambda name: _read(folder.root / name, image_size), folder, folder.files):
         if image is not None:
             kept += image.pixels.nbytes if image.pixels is not None else 0
             images.append(image if kept <= most else image._replace(pixels=None))
@@ -170,7 +173,7 @@ def _fill(pixels: np.ndarray[Any, Any], images: list[_Read], folder: ImageFolder
     integers = max((image.top for image in images if image.mode != "F"), default=0.0)
     white = {"F": floats or 1.0, "I": max(255.0, 2.0 ** int(integers).bit_length() - 1)}
     left = [name for name, image in zip(folder.files, images, strict=True) if image.pixels is None]
-    later = _in_threads(lambda name: _read(folder.root / name, image_size, white), folder, left)
+    later = _each(lambda name: _read(folder.root / name, image_size, white), folder, left)
     for index, early in enumerate(images):
         image = early if early.pixels is not None else next(later)
         if image is not None and image.pixels is not None:
@@ -179,7 +182,7 @@ def _fill(pixels: np.ndarray[Any, Any], images: list[_Read], folder: ImageFolder
         pass
 
 
-def _in_threads(read: Callable[[str], _Read], folder: ImageFolder, names: Sequence[str]) -> Iterator[_Read | None]:
+def _each(read: Callable[[str], _Read], folder: ImageFolder, names: Sequence[str]) -> Iterator[_Read | None]:
     """read(name) of the files, in order, in threads, with a bar; None for bad ones, which are named at the end."""
     bad: list[str] = []
 

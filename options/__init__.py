@@ -21,8 +21,9 @@ class UserError(ValueError):
 
     @property
     def problem(self) -> str:
-        """The message without what to try: for a script that lacks the options named there."""
-        return str(self).partition("; ")[0]
+        """The message without advice that names options: for a script that lacks them."""
+        first, *advice = str(self).split("; ")
+        return "; ".join([first, *(part for part in advice if "--" not in part)])
 
 
 class _Parser(ArgumentParser):

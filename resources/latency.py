@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import StatisticsError, correlation, linear_regression, median
 from typing import Any
 
@@ -72,7 +73,7 @@ class Latencies:
         )
 
 
-def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | None) -> Latencies:
+def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | Path | None) -> Latencies:
     """The latencies of a space at this size on this machine: from cache_dir, or measured now (a minute or two).
 
     Raises:
@@ -81,7 +82,7 @@ def find(space: str, nodes: int, deployed: Deployed, cache_dir: str | None) -> L
     device = f"{utils.processor()}, {torch.get_num_threads()} threads, onnxruntime {onnxruntime().__version__}"
     what = {"format": _FORMAT, "device": device, "host": platform.node(), "torch": torch.__version__}
     what |= {"space": space, "nodes": nodes, **asdict(deployed)}
-    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]  # not utils.cached: earlier files are found
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]  # not utils.cached's: earlier files are found
     path = utils.cache_folder(cache_dir) / f"latency-{name}.json"
     if path.is_file():
         try:
@@ -146,25 +147,14 @@ def _random_child(space: str, nodes: int, dropped: float, source: random.Random)
 
 def fit(device: str, ops: Mapping[str, float], sums: Sequence[float], measured: Sequence[float]) -> Latencies:
     """The line from sums of operations to whole children, and how well it predicts those left out of it."""
-    predicted = []
+    pairs, predicted = list(zip(sums, measured, strict=True)), []
     for index, total in enumerate(sums):
-        line = linear_regression(_without(sums, index), _without(measured, index))
+        line = linear_regression(*zip(*pairs[:index], *pairs[index + 1 :], strict=True))
         predicted.append(line.intercept + line.slope * total)
     line = linear_regression(sums, measured)
     error = sum(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)) / len(measured)
-    return Latencies(
-        device,
-        dict(ops),
-        line.intercept,
-        line.slope,
-        correlation(predicted, measured),
-        error,
-        list(zip(sums, measured, strict=True)),
-    )
-
-
-def _without(values: Sequence[float], index: int) -> list[float]:
-    return [*values[:index], *values[index + 1 :]]
+    slope, intercept = line.slope, line.intercept
+    return Latencies(device, dict(ops), intercept, slope, correlation(predicted, measured), error, pairs)
 
 
 def _call(module: nn.Module, *inputs: Tensor) -> Callable[[], Any]:

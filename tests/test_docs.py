@@ -16,11 +16,10 @@ from loading import batches
 from model import ChildNetwork
 from model_search import Network
 from resources import budget, cost
+from sampling import Z
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
-PROGRAMS = dict(re.findall(r"^## An? (\w+).*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)) | dict(
-    re.findall(r"^## A (data) set.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
-)
+PROGRAMS = dict(re.findall(r"^## An? (\w+).*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
 
 
 @pytest.fixture
@@ -75,7 +74,13 @@ def test_a_new_objective_is_logged(run: Any) -> None:
 
 
 def test_a_new_estimator_is_chosen_by_its_name(run: Any) -> None:
-    assert run("estimator")["found"].metrics["eta_params"] == pytest.approx(0.1)
+    found = run("estimator")
+    assert found["opt"].estimator == "straight_through" and found["found"].metrics["epoch"] == 1
+    table, z = cost.Table(1.0, torch.rand(4, 8)), Z(*(torch.rand(2, 8, requires_grad=True).softmax(-1) for _ in "ab"))
+    hard = sum(table.costs[row, part.argmax()].item() for row, part in enumerate(torch.cat(z)))
+    priced = found["straight_through"](table, z, z)  # alpha plays no part
+    assert priced.item() == pytest.approx(1 + hard)
+    assert torch.equal(torch.cat(torch.autograd.grad(priced, z)), table.costs)
 
 
 def test_a_new_measure_is_kept_to(run: Any) -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from genotypes import GENOTYPES, PRIMITIVES, SPACES, Genotype, cell_plan, derive, edge_list, num_edges, num_nodes
+from genotypes import GENOTYPES, OPS, PRIMITIVES, SPACES, Genotype, cell_plan, derive, edge_list, num_edges, num_nodes
 
 
 def test_edges_are_ordered_by_node_then_source() -> None:
@@ -91,3 +91,12 @@ def test_malformed_genotypes_are_named_by_node_and_edge(change: dict[str, object
         Genotype.from_json("{")
     with pytest.raises(ValueError, match="entries"):
         Genotype.from_json("[]")
+
+
+def test_every_kind_of_operation_has_a_module_and_a_price() -> None:
+    from operations import KINDS
+    from resources import cost
+
+    kinds = {op.kind for op in OPS.values()}
+    assert kinds == {*KINDS, "none"} == {*cost.KINDS}
+    assert {name for space in SPACES.values() for name in space} == {*OPS}

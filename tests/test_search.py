@@ -1,4 +1,3 @@
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import main
 import search
 import utils
 from loading.batches import Data
+from model_search import Network
 from objective import Terms
 from options import UserError
 from options.default_option import TrainOptions
@@ -199,7 +199,9 @@ def test_one_step_moves_theta_and_alpha_by_sgd_and_adam_with_clipped_gradients(a
     before = copy.deepcopy(learner.network)
     images, targets = next(data.train_batches(8, 1, torch.device("cpu")))
     seed = torch.Generator().manual_seed(1)
-    search.search_step(learner, images, targets, learner.network.sample(0.7, seed), contextlib.nullcontext())
+    search.search_step(
+        learner, images, targets, learner.network.sample(0.7, seed), torch.autocast("cpu", enabled=False)
+    )
 
     loss = nn.functional.cross_entropy(before(images, before.sample(0.7, torch.Generator().manual_seed(1))), targets)
     for parameters, trained, limit in (
@@ -237,8 +239,7 @@ def test_child_accuracy_is_that_of_the_child_network_with_the_supernets_weights(
     content = checkpoint.load(found.folder / "weights_epoch_2.pt")
     opt = options.parse(TrainOptions, arguments, "main.py", "")
     data, cpu = Data(opt, content["split"]), torch.device("cpu")
-    network = search.make_network(opt, data.info)
-    network.load_state_dict(content["parts"]["network"])
+    network = Network.from_checkpoint(content)
     child = ChildNetwork(found.genotype, 4, 3, 3, affine=False)
     child.load_state_dict(network.child_state_dict(found.genotype))
     batches = data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, 2, cpu)

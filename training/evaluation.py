@@ -1,6 +1,6 @@
 """What a network does on labelled images, and the batch-norm statistics that suit what is evaluated."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loading.batches import Batches
 from operations import batch_norms
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, C, H, W), labels (B,)
 Forward = Callable[[Tensor], Tensor]  # images -> logits (B, classes)
 
 
@@ -54,7 +54,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     The confidence of a guess is its probability; bins divide 0..1 evenly.
     """
     confidence, guess = logits.double().softmax(1).max(1)  # (N,)
-    place = (confidence * bins).ceil().long() - 1  # bins hold their upper ends
+    place = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)  # bins hold their upper ends
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, (guess == labels).double() - confidence)
     return gaps.abs().sum().item() / len(labels)
 

@@ -139,9 +139,6 @@ def fit(
             run.save(epoch, parts, row)
             log.add(row)
             tqdm.write(summarise(row))
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note("finished epochs are kept: add --resume True to go on")
-        raise
     finally:
         log.close()
     return row

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -114,6 +115,16 @@ class Run(Generic[Options]):
         if self.epoch and self.epoch % self.opt.save_freq:
             checkpoint.path_of(self.folder, self.stem, self.epoch).unlink(missing_ok=True)
         self.epoch = epoch
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Around what may be interrupted and gone on with."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("finished epochs are kept: add --resume True to go on")
+        raise
 
 
 def open_run(

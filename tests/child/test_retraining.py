@@ -112,7 +112,7 @@ def test_schedules_and_drop_path_are_ramped_over_the_run(searched: list[str]) ->
 def test_the_average_is_the_exponential_one(searched: list[str]) -> None:
     opt = options.parse(ChildOptions, [*searched, "--ema_decay=0.8"], "", "")
     network = ChildNetwork(genotypes.GENOTYPES["SNAS_mild"], 2, 3, 3)
-    learner = retraining.make_training(opt, network)
+    learner = retraining.make_learner(opt, network)
     history = []
     for step in range(4):
         with torch.no_grad():

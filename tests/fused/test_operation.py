@@ -27,13 +27,7 @@ OPS = (
 NARROWER = {"avx2": "-mno-avx512f", "sse": "-mno-avx512f -mno-avx2 -mno-fma -mno-avx"}  # for 8 and 4 floats a vector
 
 
-pytestmark = pytest.mark.skipif(build.library() is None, reason="no kernels here")
-
-
-@pytest.fixture(autouse=True)
-def _switched_back() -> Iterator[None]:
-    with kernels.switched(True):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(params=[*NARROWER])

@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused import build
 from fused import operation as kernels
 from fused.operation import Part
 from model_search import Network
 from operations import make_op
 from sampling import Z
 
-pytestmark = pytest.mark.skipif(build.library() is None, reason="no kernels here")
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 WRONG = {
@@ -20,6 +19,8 @@ WRONG = {
     "half of Z": (TypeError, lambda op, x, z, t, k: op(x, z.half(), t, k)),
     "device of Z": (TypeError, lambda op, x, z, t, k: op(x, z.to("meta"), t, k)),
     "values of Z": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [op.parts()], z.expand(3), (3,), t, k)),
+    "shape of Z": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [op.parts()], z.view(1, 1), (0,), t, k)),
+    "scale": (RuntimeError, lambda op, x, z, t, k: op(x, torch.ones(3), t, k)),
     "places": (ValueError, lambda op, x, z, t, k: kernels.apply(x, [op.parts()], z.view(1), (), t, k)),
     "shape of the sum": (ValueError, lambda op, x, z, t, k: op(x, z, t[:, :, :7], k)),
     "type of the sum": (TypeError, lambda op, x, z, t, k: op(x, z, t.double(), k)),
