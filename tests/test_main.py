@@ -100,7 +100,7 @@ def test_errors_name_only_options_that_the_script_has(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What every script has in common is written by modules that do not know which one runs."""
-    from conftest import write_images
+    from pictures import write_images
 
     import export_model
     import retrain

@@ -132,7 +132,7 @@ def test_rows_without_a_checkpoint_are_not_wiped(arguments: list[str]) -> None:
 
 
 def test_other_images_under_the_same_names_are_not_resumed_on(arguments: list[str], tmp_path: Path) -> None:
-    from conftest import write_images
+    from pictures import write_images
 
     main.main(arguments)
     other = write_images(tmp_path / "other", size=(9, 9))

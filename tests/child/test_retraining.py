@@ -148,7 +148,7 @@ def test_the_supernets_weights_are_taken_over_and_give_its_accuracy(
 
 
 def test_an_auxiliary_head_is_trained_but_not_counted_and_needs_room(arguments: list[str], tmp_path: Path) -> None:
-    from conftest import write_images
+    from pictures import write_images
 
     folder = write_images(tmp_path / "large", size=(32, 32), per_class=6)
     common = [f"--dataset={folder}", arguments[1], "--genotype=SNAS_mild", "--layers=3", "--init_channels=2", "--epochs=1",
@@ -202,7 +202,7 @@ def test_bad_input_is_one_line(searched: list[str], tmp_path: Path, extra: list[
 
 
 def test_data_with_other_classes_is_refused(searched: list[str], tmp_path: Path) -> None:
-    from conftest import write_images
+    from pictures import write_images
 
     other = write_images(tmp_path / "four", classes=4)
     for extra in ([], ["--init_from=run", "--eval_only=True"]):

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from pictures import write_images
 from PIL import Image
 
 from loading import splits
