@@ -10,17 +10,13 @@ if TYPE_CHECKING:
     from child.export import Exported
 
 EXAMPLE = """\
-import json, sys, numpy, onnxruntime; from PIL import Image, ImageOps
-model = onnxruntime.InferenceSession("child.onnx"); meta = model.get_modelmeta().custom_metadata_map
-image = ImageOps.fit(Image.open(sys.argv[1]).convert(meta["mode"]), json.loads(meta["size"]))
-pixels = numpy.asarray(image).reshape(1, image.height, image.width, -1).transpose(0, 3, 1, 2)
-print(json.loads(meta["classes"])[model.run(None, {"images": pixels})[0].argmax()])
+python child_onnx.py photo1.png photo2.png
 """
 
 
 def main(argv: Sequence[str] | None = None) -> "Exported":
     """Export, compare, time and describe a child; returns the paths and the card."""
-    epilog = "To classify an image with the file alone:\n\n" + EXAMPLE
+    epilog = "To classify images with the file and the program beside it, without this repository:\n\n" + EXAMPLE
     opt = options.parse(ExportOptions, argv, "export_model.py", __doc__, epilog)
     from child import export  # after the options: torch takes seconds to import, and a typo should not
 

@@ -21,6 +21,8 @@ class InspectOptions:
     """Name of the experiment: a folder of experiments_dir."""
     epoch: str = "last"
     """Epoch whose checkpoint is read, or last."""
+    out: str | None = None
+    """A file to write the genotype to, as retrain.py --genotype takes it. Nothing is overwritten."""
     visualize: bool = True
     """Draw the cells to visualizations_dir/EXPERIMENT/."""
     rule: Literal["argmax", "top2"] = "argmax"
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     """Print and draw a checkpoint; returns what was printed."""
     opt = options.parse(InspectOptions, argv, "inspect_model.py", __doc__)
     import genotypes
+    import utils
     import visualize
     from loading.batches import DataInfo
     from resources.cost import Deployed
@@ -67,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     costs = Deployed.of(info, run.init_channels, run.layers).price(genotype)
     _report(content, run, alphas, genotype, costs)
     files: list[Path] = []
+    if opt.out is not None:
+        if Path(opt.out).exists():
+            raise UserError(f"--out {opt.out} exists; name another file")
+        utils.write_atomic(Path(opt.out), genotype.to_json() + "\n")
+        print(f"written     {opt.out}")
     if opt.visualize:
         ending = f"_epoch_{content['epoch']}" + ("" if opt.rule == "argmax" else f"_{opt.rule}")
         files = visualize.draw_genotype(genotype, Path(opt.visualizations_dir) / opt.experiment, ending, alphas)
@@ -93,6 +101,7 @@ def _report(
     content: dict[str, Any], run: TrainOptions, alphas: list[Any], genotype: "Genotype", costs: dict[str, int]
 ) -> None:
     import sampling
+    import search
     from resources import cost
 
     info, row = content["data"], content["metrics"]
@@ -109,6 +118,10 @@ def _report(
     uniform = sampling.entropy(alphas[0] * 0).item()
     found = [sampling.entropy(alpha).item() for alpha in alphas]
     print(f"entropy     normal {found[0]:.2f}, reduce {found[1]:.2f} nats (uniform: {uniform:.2f})")
+    leads = [sampling.margin(alpha).item() for alpha in alphas]
+    print(f"margin      normal {leads[0]:.3f}, reduce {leads[1]:.3f}: the lead of the likeliest op, mean over edges")
+    if warning := search.undecided(*leads):
+        print(warning)
     print("genotype    an op:input for each edge kept")
     for kind, nodes, _ in genotype.cells():
         for index, node in enumerate(nodes):

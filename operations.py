@@ -191,7 +191,7 @@ class DepthwiseSeparable(Operation):
 
     def own(self, y: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         conv = self.depthwise
-        y = spatial_conv(y, conv.weight, conv.stride[0], conv.dilation[0])
+        y = spatial_conv(y, conv.weight, conv.stride[0], conv.dilation[0], self.training)
         return self.norm(self.pointwise(y), scale, total)
 
 

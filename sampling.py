@@ -47,6 +47,12 @@ def entropy(alpha: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum()
 
 
+def margin(alpha: Tensor) -> Tensor:
+    """By how much the likeliest op leads: the mean over edges of its probability less that of the second; 0 to 1."""
+    best, second = F.softmax(alpha, dim=-1).topk(2, dim=-1).values.unbind(-1)  # (E,) each
+    return (best - second).mean()
+
+
 def linear_temperature(epoch: int, epochs: int, initial: float, floor: float) -> float:
     """T_n = (1 - n / E) (T_0 - T_min) + T_min in epoch n = 1..E: the authors' schedule, T_min in the last epoch."""
     return (1 - epoch / epochs) * (initial - floor) + floor

@@ -17,6 +17,7 @@ import options
 import sampling
 import utils
 import visualize
+from loading import splits
 from loading.batches import Batches, DataInfo
 from model_search import Network
 from objective import Objective
@@ -25,7 +26,7 @@ from resources import cost
 from sampling import Z
 from training import evaluation, loop
 from training.evaluation import Figures
-from training.run import Run, Stateful, announce, open_run, resumable
+from training.run import Run, Stateful, announce, open_run
 
 # (network, info, opt) -> the objective; the loop knows none by name
 MakeObjective = Callable[[Network, DataInfo, TrainOptions], Objective]
@@ -90,6 +91,9 @@ def temperature(opt: TrainOptions, epoch: int, step: int) -> float:
     return sampling.exponential_temperature(step, opt.initial_temp, opt.anneal_rate, opt.min_temp)
 
 
+_DECIDED = 0.1  # the lead of the likeliest operation below which a cell is chance
+
+
 class Found(NamedTuple):
     """What a search leaves: its folder, the derived genotype, the last epoch's row of metrics, pictures."""
 
@@ -99,7 +103,6 @@ class Found(NamedTuple):
     pictures: list[Path]
 
 
-@resumable()
 def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     """Search an architecture: resume or start, train every epoch, derive, write genotype.json, draw it.
 
@@ -109,29 +112,34 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     Raises:
         UserError: options, data or experiment cannot be used, or the loss became infinite.
     """
-    run = open_run(opt, "weights")
-    learner = make_learner(opt, run.data.info, make_objective)
-    learner.network.to(run.device)
-    learner.objective.to(run.device, torch.float32 if run.device.type == "mps" else None)  # Apple's lack float64
-    run.restore(learner.parts())
-    whole = cost.Deployed.of(run.data.info, opt.init_channels, opt.layers, affine=False)
-    announce(run, cost.supernet_cost(opt.space, opt.nodes, whole))
-    if opt.compile:
-        loop.compile_cells(learner.network.cells)
-    row = loop.fit(
-        run,
-        learner.parts(),
-        lambda epoch: _one_epoch(run, learner, epoch),
-        lambda row: summarise(row, learner.objective),
-    )
-    genotype = learner.network.genotype()
-    utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
-    pictures = visualize.draw_genotype(
-        genotype, Path(opt.visualizations_dir) / opt.name, f"_epoch_{run.epoch}", learner.network.alphas()
-    )
-    print(f"genotype {run.folder / 'genotype.json'}")
-    print(f"pictures {', '.join(str(path) for path in pictures)}")
-    return Found(run.folder, genotype, row, pictures)
+    utils.writable(Path(opt.visualizations_dir), "visualizations_dir")
+    with open_run(opt, "weights", splits.read_split(Path(opt.split)).split if opt.split else None) as run:
+        learner = make_learner(opt, run.data.info, make_objective)
+        learner.network.to(run.device)
+        learner.objective.to(run.device, torch.float32 if run.device.type == "mps" else None)  # Apple's lack float64
+        run.restore(learner.parts())
+        whole = cost.Deployed.of(run.data.info, opt.init_channels, opt.layers, affine=False)
+        announce(run, cost.supernet_cost(opt.space, opt.nodes, whole))
+        if opt.compile:
+            loop.compile_cells(learner.network.cells)
+        row = loop.fit(
+            run,
+            learner.parts(),
+            lambda epoch: _one_epoch(run, learner, epoch),
+            lambda row: summarise(row, learner.objective),
+        )
+        genotype = learner.network.genotype()
+        utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
+        place, pictures = Path(opt.visualizations_dir) / opt.name, []
+        try:
+            pictures = visualize.draw_genotype(genotype, place, f"_epoch_{run.epoch}", learner.network.alphas())
+        except OSError as error:  # the search itself has ended well
+            print(f"note: the cells are not drawn: {options.in_words(error)}")
+        print(f"genotype {run.folder / 'genotype.json'}")
+        if warning := undecided(*(sampling.margin(alpha).item() for alpha in learner.network.alphas())):
+            print(warning)
+        print(f"pictures {', '.join(str(path) for path in pictures)}")
+        return Found(run.folder, genotype, row, pictures)
 
 
 def _one_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[str, Any]:
@@ -171,6 +179,7 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
         figures = evaluate_z(network, z, run.autocast(), run.plain_train_batches(epoch), run.batches("valid"))
         row |= {f"{prefix}_{name}": value for name, value in figures._asdict().items()}
     row["entropy_normal"], row["entropy_reduce"] = (sampling.entropy(alpha).item() for alpha in network.alphas())
+    row["margin_normal"], row["margin_reduce"] = (sampling.margin(alpha).item() for alpha in network.alphas())
     return row
 
 
@@ -183,6 +192,18 @@ def evaluate_z(network: Network, z: Z, autocast: torch.autocast, calibration: Ba
 
     with evaluation.calibrated(network, forward, calibration):
         return evaluation.evaluate(forward, batches)
+
+
+def undecided(margin_normal: float, margin_reduce: float) -> str:
+    """A warning if a search has decided nothing (see sampling.margin), so that its genotype is one of many; or ""."""
+    least = min(margin_normal, margin_reduce)
+    if least >= _DECIDED:
+        return ""
+    return (
+        f"warning: the search has not decided: in one of the cells the likeliest operation of an edge leads the second "
+        f"by {100 * least:.1f} % on average, so that the genotype is little more than chance; "
+        "search longer (--epochs) or raise --arch_learning_rate"
+    )
 
 
 def summarise(row: Mapping[str, Any], objective: Objective) -> str:

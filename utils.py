@@ -1,5 +1,6 @@
 """Seeds, devices, files, timing, and the numbers of a run: metrics.jsonl, mirrored in TensorBoard."""
 
+import glob
 import hashlib
 import json
 import os
@@ -7,10 +8,11 @@ import platform
 import secrets
 import shutil
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ import torch
 from options import UserError
 
 Name = TypeVar("Name", bound=Hashable)
+_DAY = 86_400  # seconds
 
 
 def fold(seed: int, *labels: str | int) -> int:
@@ -45,6 +48,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
+    if "," in name:
+        raise UserError(f"--device {name}: a process uses one device; give one, such as {name.partition(',')[0]}")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # which a meta device cannot give
@@ -83,7 +88,11 @@ def replacing(path: Path) -> Iterator[Path]:
     So a reader, a crash or another process never meets half of it. The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):  # it is gone by now, or another's
+            if time.time() - left.stat().st_mtime > _DAY:  # of a process that was killed
+                left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -94,12 +103,23 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file through `replacing`."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be in no encoding
+
+
+def writable(folder: Path, option: str) -> None:
+    """Make the folder if it is missing, and try to write into it; raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--{option} {folder} cannot be written: {error.strerror}") from None
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
     """--cache_dir, or the user's folder for caches."""
-    return Path(given).expanduser() if given else platformdirs.user_cache_path("snas")
+    path = Path(os.path.expanduser(given)) if given else platformdirs.user_cache_path("snas")
+    return Path(tempfile.gettempdir()) / "snas" if path.parts[0] == "~" else path  # nobody knows where home is
 
 
 def cached(folder: str | Path | None, name: str, *what: object) -> Path:

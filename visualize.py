@@ -100,7 +100,13 @@ def render(graph: graphviz.Digraph, stem: Path) -> list[Path]:
     written = []
     if renderer:
         for kind in ("svg", "png"):
-            done = subprocess.run([renderer, "-Kdot", f"-T{kind}"], input=graph.source.encode(), capture_output=True)
+            try:
+                done = subprocess.run(
+                    [renderer, "-Kdot", f"-T{kind}"], input=graph.source.encode(), capture_output=True
+                )
+            except OSError as error:
+                reason = f"{renderer} cannot be run: {error.strerror}"
+                break
             if done.returncode or not done.stdout:
                 reason = f"{renderer} failed: {done.stderr.decode(errors='replace').strip()[:200]}"
                 break

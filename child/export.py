@@ -1,8 +1,11 @@
 """A trained child as a file that runs without this repository, checked, timed and described."""
 
 import json
+import re
+import runpy
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +16,9 @@ from torch import Tensor, nn
 
 import options
 import utils
-from child import source
+from child import program, source
 from genotypes import Genotype
+from loading import pixels
 from loading.batches import Data, DataInfo
 from options import UserError
 from options.child_option import ChildOptions
@@ -22,6 +26,7 @@ from options.export_option import ExportOptions
 from resources import latency
 from resources.cost import Deployed
 from training import checkpoint
+from training.run import one_writer
 
 Predict = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]  # images (B, C, H, W) -> logits (B, classes)
 
@@ -72,39 +77,70 @@ def run_export(opt: ExportOptions) -> Exported:
         raise UserError(f"--checkpoint {weights} is a search's; retrain its child first: python retrain.py")
     path = Path(opt.out) if opt.out else weights.with_name(f"child.{opt.format}")
     cards = [path.with_name(f"{path.name}.{ending}") for ending in ("md", "json")]
+    cards.append(path.with_name(f"{path.stem}_{opt.format}.py"))
     for file in (path, *cards):
         if file.exists():
             raise UserError(f"{file} exists; name another file with --out")
-    network, genotype = source.load_child(content)
-    info = DataInfo(**content["data"])
-    model = Classifier(network, info, 255 if opt.input == "uint8" else 1).eval()
-    images, kind = _images(opt, content, info)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write = _export_onnx if opt.format == "onnx" else _export_pt2
-    predict = write(model, images, path, _metadata(info, opt))
-    difference = _compare(model, predict, images, path)
-    print(f"compared with the model on {len(images)} {kind}: largest difference of a logit {difference:.2e}")
-    checked = {
-        "largest_difference": difference,
-        "compared_on": f"{len(images)} {kind}",
-        "latency": _latency(predict, images[:1].numpy(), opt.format),
-    }
-    card = _card(opt, path, content, genotype) | checked | {"test": _test_figures(content, weights.parent)}
-    utils.write_atomic(cards[1], json.dumps(card, indent=1) + "\n")
-    utils.write_atomic(cards[0], _markdown(card))
-    print(f"written  {path}, {cards[0]}, {cards[1]}")
-    return Exported(path, cards, card)
+    with nullcontext() if opt.out else one_writer(path.parent):
+        network, genotype = source.load_child(content)
+        info = DataInfo(**content["data"])
+        model = Classifier(network, info, 255 if opt.input == "uint8" else 1).eval()
+        images, kind = _images(opt, content, info)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write = _export_onnx if opt.format == "onnx" else _export_pt2
+        predict = write(model, images, path, _metadata(info, opt))
+        try:
+            difference = _compare(model, predict, images)
+            utils.write_atomic(cards[2], _program(path))
+            if kind == "test images":
+                _compare_files(cards[2], content, opt, images)
+        except BaseException:  # what is not checked is not left behind
+            for file in (path, cards[2]):
+                file.unlink(missing_ok=True)
+            raise
+        print(f"compared with the model on {len(images)} {kind}: largest difference of a logit {difference:.2e}")
+        checked = {
+            "largest_difference": difference,
+            "compared_on": f"{len(images)} {kind}",
+            "latency": _latency(predict, images[:1].numpy(), opt.format),
+        }
+        card = _card(opt, path, content, genotype) | checked | {"test": _test_figures(content, weights.parent)}
+        utils.write_atomic(cards[1], json.dumps(card, indent=1) + "\n")
+        utils.write_atomic(cards[0], _markdown(card))
+        print(f"written  {path}, {', '.join(map(str, cards))}")
+        return Exported(path, cards, card)
 
 
-def _compare(model: Classifier, predict: Predict, images: Tensor, path: Path) -> float:
-    """The largest difference of a logit between the file and the model; raises UserError and removes a wrong file."""
+def _compare(model: Classifier, predict: Predict, images: Tensor) -> float:
+    """The largest difference of a logit between the file and the model; raises UserError for a wrong file."""
     with torch.no_grad():
         wanted = model(images).numpy()
     difference = float(np.abs(predict(images.numpy()) - wanted).max())
     if not difference <= 1e-3 * max(1.0, float(np.abs(wanted).max())):
-        path.unlink()
-        raise UserError(f"{path} computes something else than the model (difference {difference:.2e}): not kept")
+        raise UserError(f"the exported file computes something else than the model (difference {difference:.2e})")
     return difference
+
+
+def _program(path: Path) -> str:
+    """The program beside the file: what training did to pixels, and how to classify with it."""
+    first, second = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (pixels, program))
+    second = re.sub(r"from loading.pixels import .*\n\n", "", second)
+    return f"{first}\n\n{second}".replace('MODEL = "child.onnx"', f"MODEL = {json.dumps(path.name)}")
+
+
+def _compare_files(written: Path, content: Mapping[str, Any], opt: ExportOptions, images: Tensor) -> None:
+    """The program's own way from some of the files to pixels against those of training; raises UserError."""
+    folder = Path(opt.dataset or content["options"]["dataset"])
+    files = [folder / name for name in content["split"]["test"][: min(len(images), 32)]]
+    if not files[0].is_file():  # a named data set
+        return
+    info = DataInfo(**content["data"])
+    height, width = info.image_size
+    module = runpy.run_path(str(written))
+    for file, wanted in zip(files, images, strict=False):
+        got = module["preprocess"](file, "L" if info.channels == 1 else "RGB", (width, height), info.white)
+        if not np.array_equal(got[0], (wanted if opt.input == "uint8" else wanted * 255).round().byte().numpy()):
+            raise UserError(f"the program beside the exported file reads {file} otherwise than training did")
 
 
 def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: Genotype) -> dict[str, Any]:
@@ -121,6 +157,7 @@ def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: 
         "classes": info.classes,
         "mean": info.mean,
         "std": info.std,
+        "white": info.white,
         **deployed.price(genotype),
         "data": trained["dataset"],
         "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
@@ -147,17 +184,15 @@ def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> t
     stored = options.restore(ChildOptions, content["options"])
     stored = replace(stored, dataset=opt.dataset or stored.dataset, data_dir=opt.data_dir)
     try:
-        data = Data(stored, content["split"])
-        pixels, kind = data.pixels[data.indices["test"][: max(2, opt.check_images)]], "test images"
-        if list(pixels.shape[1:]) != [info.channels, *info.image_size]:
-            raise UserError(f"--dataset {stored.dataset} holds other images than those of the training")
+        data = Data(stored, content["split"], like=info)
+        images, kind = data.pixels[data.indices["test"][: max(2, opt.check_images)]], "test images"
     except UserError as error:
         if opt.dataset:
             raise UserError(f"{error.problem}; give the data that the child was trained on") from None
         print(f"note: no test images to compare on ({error.problem}); random ones are taken: give --dataset")
         shape = (max(2, opt.check_images), info.channels, *info.image_size)
-        pixels, kind = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator()), "random images"
-    return (pixels if opt.input == "uint8" else pixels.float() / 255), kind
+        images, kind = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator()), "random images"
+    return (images if opt.input == "uint8" else images.float() / 255), kind
 
 
 def _metadata(info: DataInfo, opt: ExportOptions) -> dict[str, str]:
@@ -168,6 +203,7 @@ def _metadata(info: DataInfo, opt: ExportOptions) -> dict[str, str]:
         "size": json.dumps([width, height]),
         "mode": "L" if info.channels == 1 else "RGB",
         "input": opt.input,
+        "white": json.dumps(info.white),
     }
 
 
@@ -191,7 +227,7 @@ def _export_onnx(model: Classifier, images: Tensor, path: Path, metadata: Mappin
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
     session = latency.session(str(path))
-    return lambda pixels: session.run(None, {"images": pixels})[0]
+    return lambda images: session.run(None, {"images": images})[0]
 
 
 def _export_pt2(model: Classifier, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
@@ -199,9 +235,9 @@ def _export_pt2(model: Classifier, images: Tensor, path: Path, metadata: Mapping
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
     loaded = torch.export.load(path).module()
 
-    def predict(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def predict(images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         with torch.no_grad():
-            return loaded(torch.from_numpy(pixels)).numpy()
+            return loaded(torch.from_numpy(images)).numpy()
 
     return predict
 
@@ -261,6 +297,7 @@ def _markdown(card: Mapping[str, Any]) -> str:
     ]
     for name, count in card["train_images_per_class"].items():
         share = test["per_class_acc"].get(name) if test else None
+        name = name.replace("|", "\\|")
         lines.append(f"| {name} | {count:,} | {'-' if share is None else f'{share:.1f} %'} |")
     for kind in ("normal", "reduce"):
         lines += ["", f"{kind} cell:", ""]

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,16 +13,19 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import options
 import utils
 from child import source
 from genotypes import Genotype
-from loading.batches import Data
+from loading import splits
+from loading.batches import Data, DataInfo
+from loading.splits import Split, Stored
 from model import ChildNetwork
 from options import UserError
 from options.child_option import ChildOptions
 from resources.cost import Deployed
 from training import checkpoint, evaluation, loop
-from training.run import Run, Stateful, announce, check_same_options, open_run, resumable
+from training.run import FREE, Run, Stateful, announce, open_run
 
 
 class Tested(NamedTuple):
@@ -67,7 +70,6 @@ def make_learner(opt: ChildOptions, network: ChildNetwork) -> ChildLearner:
     return ChildLearner(network, optimizer, scheduler, average)
 
 
-@resumable()
 def run_retrain(opt: ChildOptions) -> Tested:
     """Train the child of a genotype, then test it once and write test.json; or, with --eval_only, just test.
 
@@ -76,28 +78,29 @@ def run_retrain(opt: ChildOptions) -> Tested:
     """
     if opt.eval_only:
         return _evaluate_only(opt)
-    run = open_run(opt, "child", _split(opt), opt.use_valid)
-    _check_test_images(run)
-    stored = run.loaded and Genotype.from_dict(run.loaded["extra"]["genotype"])
-    genotype = stored or source.find_genotype(opt, run.data.info)
-    run.extra["genotype"] = genotype.to_dict()
-    learner = make_learner(opt, _initial(run, opt, genotype))
-    if learner.average is not None:
-        learner.average.to(run.device)
-    run.restore(learner.parts())
-    announce(run, Deployed.of(run.data.info, opt.init_channels, opt.layers, opt.stem).price(genotype))
-    if opt.compile:
-        loop.compile_cells(learner.network.cells)
-    loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
-    result = _test(run, learner.evaluated(), genotype)
-    utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
-    utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
-    print(f"test     {_in_words(result)}\n         {run.folder / 'test.json'}")
-    return Tested(run.folder, genotype, result)
+    split, carry = _splits(opt)
+    with open_run(opt, "child", split, opt.use_valid, carry) as run:
+        _check_test_images(run)
+        stored = run.loaded and Genotype.from_dict(run.loaded["extra"]["genotype"])
+        genotype = stored or source.find_genotype(opt, run.data.info)
+        run.extra["genotype"] = genotype.to_dict()
+        learner = make_learner(opt, _initial(run, opt, genotype))
+        if learner.average is not None:
+            learner.average.to(run.device)
+        run.restore(learner.parts())
+        announce(run, Deployed.of(run.data.info, opt.init_channels, opt.layers, opt.stem).price(genotype))
+        if opt.compile:
+            loop.compile_cells(learner.network.cells)
+        loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
+        result = _test(run, learner.evaluated(), genotype)
+        utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
+        utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
+        print(f"test     {_in_words(result)}\n         {run.folder / 'test.json'}")
+        return Tested(run.folder, genotype, result)
 
 
-def _split(opt: ChildOptions) -> dict[str, list[str]] | None:
-    """The split to use: that of --split, else of the search that --genotype or --init_from names, else None.
+def _splits(opt: ChildOptions) -> tuple[Split | None, Stored | None]:
+    """The split of --split, which must be of this data; else that of the search that --genotype or --init_from names.
 
     Raises:
         UserError: no such file, or test images that one of these searches trained or validated on.
@@ -106,25 +109,17 @@ def _split(opt: ChildOptions) -> dict[str, list[str]] | None:
     if Path(opt.genotype).is_file():
         folders.append(Path(opt.genotype).parent)
     searches = [folder / "split.json" for folder in folders if (folder / "split.json").is_file()]
-    known = {path: _read_split(path) for path in searches}
-    split = _read_split(Path(opt.split)) if opt.split else next(iter(known.values()), None)
+    known = {path: splits.read_split(path) for path in searches}
+    given = splits.read_split(Path(opt.split)).split if opt.split else None
+    found = next(iter(known.values()), None)
+    split = given or (found and found.split)
     for path, other in known.items():
-        if split and set(split["test"]) & {*other["train"], *other["valid"]}:
+        if split and set(split["test"]) & {*other.split["train"], *other.split["valid"]}:
             raise UserError(
                 f"the test images of {opt.split or searches[0]} were trained or validated on by the search of {path}; "
                 "use searches of one split"
             )
-    return split
-
-
-def _read_split(path: Path) -> dict[str, list[str]]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return {part: [str(name) for name in stored[part]] for part in ("train", "valid", "test")}
-    except OSError:
-        raise UserError(f"--split {path}: no such file; take the split.json of an experiment") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--split {path} is no split.json: it has the lists train, valid and test") from None
+    return given, None if given else found
 
 
 def _check_test_images(run: Run[ChildOptions]) -> None:
@@ -247,18 +242,33 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     content = checkpoint.load(newest) if newest else None
     if opt.init_from is not None and (content is None or content["options"]["init_from"] != opt.init_from):
         content = source.supernet_checkpoint(opt)
-        run = Run(opt, "child", folder, device, Data(opt, _split(opt) or content["split"]))
-        _check_test_images(run)
-        genotype = source.find_genotype(opt, run.data.info)
+        data = Data(opt, _splits(opt)[0] or content["split"], like=DataInfo(**content["data"]))
+        run = Run(opt, "child", folder, device, data)
+        genotype = source.find_genotype(opt, data.info)
         network = _initial(run, opt, genotype)
     elif content is None:
         raise UserError(f"--eval_only True: no child checkpoint in {folder}; give --name or --init_from")
     else:
-        check_same_options(opt, content["options"], folder)
-        run = Run(opt, "child", folder, device, Data(opt, content["split"], opt.use_valid))
+        opt, like = _as_trained(opt, content["options"]), DataInfo(**content["data"])
+        if opt.test_folder:
+            data = Data.to_test(replace(opt, dataset=opt.test_folder), like)
+        else:
+            data = Data(opt, content["split"], opt.use_valid, like=like)
+        run = Run(opt, "child", folder, device, data)
         network, genotype = source.load_child(content)
-    if run.data.info.to_dict()["classes"] != content["data"]["classes"]:
+    for note in data.notes:
+        print(f"note:    {note}")
+    _check_test_images(run)
+    if data.info.classes != content["data"]["classes"]:
         raise UserError(f"--dataset {opt.dataset} has other classes than the weights")
     result = _test(run, network.to(device), genotype)
     print(f"test     {_in_words(result)}")
     return Tested(folder, genotype, result)
+
+
+def _as_trained(opt: ChildOptions, stored: Mapping[str, Any]) -> ChildOptions:
+    """The options of a checkpoint, but those that are given of where things lie and what they run on."""
+    trained, usual = options.restore(ChildOptions, stored), ChildOptions()
+    free = {name: value for name, value in vars(opt).items() if name in FREE | {"eval_batch_size"}}
+    given = {name: value for name, value in free.items() if value != getattr(usual, name)}
+    return replace(trained, name=opt.name, **given)

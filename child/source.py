@@ -1,5 +1,7 @@
 """The child of a genotype: finding the genotype, making the network, giving it weights."""
 
+import ast
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,21 +51,66 @@ def find_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
     Raises:
         UserError: there is none of that name, its file is malformed, or no random one has the parameters wanted.
     """
-    name = opt.genotype
+    name, folder = opt.genotype, Path(opt.experiments_dir) / opt.genotype
     if name in genotypes.GENOTYPES:
         return genotypes.GENOTYPES[name]
     if name.startswith("random:"):
         return _random_genotype(opt, info)
-    for path in (Path(name), Path(opt.experiments_dir) / name / "genotype.json"):
+    if opt.genotype_epoch is not None:
+        return _of_checkpoint(checkpoint.path_of(folder, "weights", opt.genotype_epoch))
+    for path in (Path(name), folder / "genotype.json"):
         if path.is_file():
-            try:
-                return Genotype.from_json(path.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise UserError(f"--genotype {path}: {error}") from None
+            return _of_checkpoint(path) if path.suffix == ".pt" else read_genotype(path)
     raise UserError(
         f"--genotype {name} is no experiment in {opt.experiments_dir} that ended, no file, and none of "
-        f"{', '.join(genotypes.GENOTYPES)}, random:SEED"
+        f"{', '.join(genotypes.GENOTYPES)}, random:SEED; --genotype_epoch takes that of an epoch"
     )
+
+
+def _of_checkpoint(path: Path) -> Genotype:
+    """What the search of a checkpoint stood at."""
+    content = checkpoint.load(path)
+    state = content["parts"]["network"]
+    if content.get("stem") != "weights":
+        raise UserError(f"--genotype {path} is a child's checkpoint, not a search's")
+    return genotypes.derive(state["alpha_normal"], state["alpha_reduce"], content["options"]["space"])
+
+
+def read_genotype(path: Path) -> Genotype:
+    """A genotype.json; or the forms in which DARTS and its successors give cells away.
+
+    These are Python's `Genotype(normal=[("sep_conv_3x3", 0), ...], normal_concat=range(2, 6), ...)`, also after a name
+    and "=", and the same as JSON: a flat list of two pairs a node.
+
+    Raises:
+        UserError: with one line that names the cell, node and edge at fault.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = _printed(text) if "Genotype(" in text else json.loads(text)
+        for kind in ("normal", "reduce"):
+            cell = raw.get(kind) if isinstance(raw, dict) else None
+            if cell and all(len(pair) == 2 and isinstance(pair[0], str) for pair in cell):  # flat
+                raw[kind] = [cell[first : first + 2] for first in range(0, len(cell), 2)]
+        return Genotype.from_dict(raw)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--genotype {path}: not JSON: {error}") from None
+    except (ValueError, OSError, TypeError, SyntaxError) as error:
+        raise UserError(f"--genotype {path}: {error}") from None
+
+
+def _printed(text: str) -> dict[str, Any]:
+    """Genotype(...) as a mapping; nothing of it is run."""
+    call = next((node for node in ast.walk(ast.parse(text.strip())) if isinstance(node, ast.Call)), None)
+    if call is None or call.args or not isinstance(call.func, ast.Name) or call.func.id != "Genotype":
+        raise ValueError("it is not Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...)")
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+            return list(range(*map(ast.literal_eval, node.args)))
+        return ast.literal_eval(node)
+
+    return {str(keyword.arg): value(keyword.value) for keyword in call.keywords}
 
 
 def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:

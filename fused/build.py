@@ -39,7 +39,9 @@ def library() -> ctypes.CDLL | None:
         missing = f"{error.cmd[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
         return None
     except OSError as error:
-        missing = f"no C++ compiler works here (c++, or $CXX), or what it made cannot be kept: {error}"
+        compiler = error.filename == _compiler()[0]
+        what = "no C++ compiler works here (c++, or $CXX)" if compiler else "the compiled kernels cannot be kept"
+        missing = f"{what}: {error}"
         return None
     for name in ("parts_forward", "parts_backward"):
         getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64]

@@ -10,15 +10,15 @@ def subsample(x: Tensor, start: int = 0) -> Tensor:
     return x.permute(0, 2, 3, 1)[:, start::2, start::2].permute(0, 3, 1, 2)
 
 
-def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def spatial_conv(x: Tensor, weight: Tensor, stride: int, dilation: int, training: bool) -> Tensor:
     """A padded depthwise convolution (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)).
 
-    Always the function of the last line, which exported files have; where gradients are wanted, in forms whose
-    backward is 2 to 10 times faster on a CPU. A strided one is a subsampled plain one. A dilated one is a plain one
+    Always the function of the last line, which is what is exported and counted; in training in forms whose backward is
+    2 to 10 times faster on a CPU. A strided one is a subsampled plain one. A dilated one is a plain one
     on each of the 2 x 2 grids of pixels that never mix; with a stride of 2 only one of the four is needed.
     """
     channels, pad = weight.shape[0], dilation * (weight.shape[2] // 2)
-    if torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_exporting():
+    if training and torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_exporting():
         if stride == dilation == 2:
             return F.conv2d(subsample(x), weight, None, 1, pad // 2, 1, channels)
         if stride == 2:

@@ -5,7 +5,7 @@ A batch is one gather from the uint8 cache with a crop offset and a mirror flag 
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor
 
 import utils
 from loading import images, splits
+from loading.augmentation import Augmentation, augment
+from loading.splits import Split, Stored
 from options import UserError
 from options.default_option import DataOptions
 
@@ -31,6 +33,7 @@ class DataInfo:
     mean: list[float]  # per channel, of the training split, pixels in 0..1
     std: list[float]
     counts: dict[str, list[int]]  # images per class of each split
+    white: dict[str, float] = field(default_factory=dict)  # values of white pixels, see images.Decoded
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers; DataInfo(**d) is the way back."""
@@ -50,21 +53,15 @@ class ImageSet:
     classes: list[str]
     names: list[str]  # unique names: relative paths, or numbers for named data sets
     official_test: int = 0  # the last ones, where the data set brings its own test set
+    white: dict[str, float] = field(default_factory=dict)  # see images.Decoded
+    notes: list[str] = field(default_factory=list)  # what there is to say, such as what was left out
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What happens to training images; the defaults change nothing."""
-
-    crop_padding: int = 0  # pixels
-    flip: str = "none"  # none, horizontal, both
-    cutout: int = 0  # side in pixels
-
-
-def _folder(opt: DataOptions) -> ImageSet:
+def _folder(opt: DataOptions, white: dict[str, float] | None = None) -> ImageSet:
     folder = images.scan(Path(opt.dataset), LOADERS)
-    pixels = images.decode(folder, opt.image_size, opt.max_ram_gb, opt.cache_dir)
-    return ImageSet(pixels, torch.tensor(folder.labels), folder.classes, folder.files)
+    pixels, white = images.decode(folder, opt.image_size, opt.max_ram_gb, opt.cache_dir, white)
+    notes = [f"left out of {folder.root}: {folder.left_out}"] if folder.left_out else []
+    return ImageSet(pixels, torch.tensor(folder.labels), folder.classes, folder.files, notes=notes, white=white)
 
 
 def _torchvision(kind: str, opt: DataOptions) -> ImageSet:
@@ -94,7 +91,7 @@ def _torchvision(kind: str, opt: DataOptions) -> ImageSet:
         ]
         pixels = torch.cat(blocks)
     labels = torch.cat([torch.as_tensor(part.targets) for part in parts]).long()
-    names = [str(index) for index in range(len(labels))]
+    names = [f"{opt.dataset}/{index}" for index in range(len(labels))]
     return ImageSet(pixels.contiguous(), labels, list(parts[0].classes), names, len(parts[1]))
 
 
@@ -106,9 +103,24 @@ LOADERS: dict[str, Callable[[DataOptions], ImageSet]] = {
 }
 
 
-def load(opt: DataOptions) -> ImageSet:
-    """The images of --dataset, a folder or a name of LOADERS; raises UserError."""
-    return LOADERS.get(opt.dataset, _folder)(opt)
+def load(opt: DataOptions, like: DataInfo | None = None) -> ImageSet:
+    """The images of --dataset, a folder or a name of LOADERS; raises UserError.
+
+    Args:
+        like: of the images that a network was trained on: these have to have its size and channels.
+    """
+    loader = LOADERS.get(opt.dataset)
+    found = loader(opt) if loader else _folder(opt, like.white if like else None)
+    if like is None:
+        return found
+    if found.pixels.shape[1] == 1 and like.channels == 3:
+        found = replace(found, pixels=found.pixels.expand(-1, 3, -1, -1))
+    if list(found.pixels.shape[1:]) != [like.channels, *like.image_size]:
+        shapes = [
+            "x".join(map(str, (w, h, c))) for c, h, w in (found.pixels.shape[1:], (like.channels, *like.image_size))
+        ]
+        raise UserError(f"--dataset {opt.dataset} has images of {shapes[0]}, the weights are for {shapes[1]}")
+    return found
 
 
 class Data:
@@ -118,43 +130,94 @@ class Data:
         opt: the options.
         split: names of the images per split, as stored in split.json; made anew if None.
         train_on_valid: train on the validation split too.
+        carry: another run's split, to be used if it is of this data; other data gets a split of its own.
+        like: of the data that a network was trained on, whose mean, deviation and white are taken.
     Raises:
         UserError: for whatever is wrong with the folder, its images or its split.
     """
 
     def __init__(
-        self, opt: DataOptions, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
+        self,
+        opt: DataOptions,
+        split: Split | None = None,
+        train_on_valid: bool = False,
+        carry: Stored | None = None,
+        like: DataInfo | None = None,
     ) -> None:
-        pool = load(opt)
+        pool = load(opt, like)
+        self.notes = pool.notes  # what there is to say about it
+        if split is not None:
+            split = self._names_now(split, pool, opt)
+        elif carry is not None:
+            old = carry._replace(split=self._names_now(carry.split, pool, opt))
+            split, notes = splits.fit_split(old, pool.names, pool.labels, pool.classes)
+            self.notes += notes
         self.split = split or splits.make_split(pool.names, pool.labels, pool.classes, opt, pool.official_test)
         index = {name: i for i, name in enumerate(pool.names)}
-        lost = [name for names in self.split.values() for name in names if name not in index]
+        named = [name for names in self.split.values() for name in names]
+        lost = [name for name in named if name not in index]
+        if len(named) < len(index):
+            self.notes.append(f"{len(index) - len(named):,} images here are not in the split, and left out")
         if lost:
             raise UserError(
                 f"--dataset {opt.dataset}: {len(lost)} images of the split are gone, e.g. {lost[0]}; "
                 "use the data that was split"
             )
-        self.indices = {
+        indices = {
             name: torch.tensor([index[n] for n in names], dtype=torch.int64) for name, names in self.split.items()
         }
         if train_on_valid:
-            self.indices["train"] = torch.cat([self.indices["train"], self.indices["valid"]])
-        self.pixels, self.labels = pool.pixels, pool.labels
-        mean, std = _mean_and_std(pool.pixels, self.indices["train"])
-        counts = {
-            name: torch.bincount(pool.labels[part], minlength=len(pool.classes)).tolist()
-            for name, part in self.indices.items()
-        }
-        totals = [sum(column) for column in zip(*counts.values(), strict=True)]
+            indices["train"] = torch.cat([indices["train"], indices["valid"]])
+        self._set(opt, pool, indices, like)
+        totals = [sum(column) for column in zip(*self.info.counts.values(), strict=True)]
         if 0 in totals:
             name = pool.classes[totals.index(0)]
             raise UserError(f"--dataset {opt.dataset}: the split has no image of {name!r}: it is of other classes")
+        if like is None and max(self.info.std) <= 1 / 255:
+            raise UserError(f"--dataset {opt.dataset}: all training images are of one and the same colour")
+
+    def _set(self, opt: DataOptions, pool: ImageSet, indices: dict[str, Tensor], like: DataInfo | None) -> None:
+        self.pixels, self.labels, self.indices = pool.pixels, pool.labels, indices
+        mean, std = (like.mean, like.std) if like else _mean_and_std(pool.pixels, indices["train"])
+        counts = {
+            name: torch.bincount(pool.labels[part], minlength=len(pool.classes)).tolist()
+            for name, part in indices.items()
+        }
         size = list(pool.pixels.shape[2:])
-        self.info = DataInfo(pool.classes, pool.pixels.shape[1], size, mean, std, counts)
+        self.info = DataInfo(pool.classes, pool.pixels.shape[1], size, mean, std, counts, pool.white)
         self._balance, self._seed = opt.balance, opt.seed
         self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
         cutout = opt.cutout_length if opt.cutout else 0
-        self._augmentation = Augmentation(opt.crop_padding, opt.flip, cutout)
+        if like is None and cutout**2 > size[0] * size[1] / 2:
+            self.notes.append(f"--cutout_length {cutout} blanks most of images of {size[1]}x{size[0]}")
+        fill = tuple(round(255 * value) for value in mean)  # the reference fills after normalisation
+        self._augmentation = Augmentation(opt.crop_padding, opt.flip, cutout, fill)
+
+    @classmethod
+    def to_test(cls, opt: DataOptions, like: DataInfo) -> "Data":
+        """All images of --dataset as the test split of a network, classes by their names; raises UserError."""
+        pool = load(opt, like)
+        unknown = [name for name in pool.classes if name not in like.classes]
+        if unknown:
+            raise UserError(
+                f"--test_folder {opt.dataset}: the weights know no class {unknown[0]!r}; "
+                f"they know {', '.join(like.classes)}"
+            )
+        place = torch.tensor([like.classes.index(name) for name in pool.classes])
+        data = cls.__new__(cls)
+        data.notes, data.split = pool.notes, {"train": [], "valid": [], "test": pool.names}
+        none = torch.zeros(0, dtype=torch.int64)
+        every = {"train": none, "valid": none, "test": torch.arange(len(pool.names))}
+        data._set(opt, replace(pool, labels=place[pool.labels], classes=like.classes), every, like)
+        return data
+
+    @staticmethod
+    def _names_now(split: Split, pool: ImageSet, opt: DataOptions) -> Split:
+        """Earlier versions called the images of a named data set 0, 1, 2."""
+        here = {*pool.names}
+        if opt.dataset not in LOADERS or not here.isdisjoint(name for names in split.values() for name in names):
+            return split
+        return {part: [f"{opt.dataset}/{name}" for name in names] for part, names in split.items()}
 
     def train_batches(self, batch_size: int, epoch: int, device: torch.device) -> Batches:
         """The augmented batches of an epoch: (images (B, C, H, W) float32, labels (B,)) on the device."""
@@ -207,43 +270,6 @@ class Data:
 def _sent(batch: Tensor, device: torch.device) -> Tensor:
     """A batch on its way to the device: from pinned memory to a GPU, so that nobody waits for the copy."""
     return (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
-
-
-def augment(pixels: Tensor, how: Augmentation, random: torch.Generator | None = None) -> Tensor:
-    """Crop, mirror and blank every image of a batch on its own: uint8 (B, C, H, W) -> the same shape.
-
-    Args:
-        pixels: the images.
-        how: crop_padding zeros are put around the image before a crop of its size; each image is mirrored
-            with probability 1/2 (both: vertically too); a cutout square, clipped at the border, becomes zero.
-        random: source of the draws.
-    """
-    batch, _, height, width = pixels.shape
-    pad = how.crop_padding
-
-    def draw(below: int) -> Tensor:
-        return torch.randint(below, (batch, 1), generator=random)  # (B, 1)
-
-    rows, columns = torch.arange(height)[None], torch.arange(width)[None]
-    if how.flip == "both":
-        rows = torch.where(draw(2) == 1, height - 1 - rows, rows)  # (B, H)
-    if how.flip != "none":
-        columns = torch.where(draw(2) == 1, width - 1 - columns, columns)  # (B, W)
-    if pad:
-        pixels = torch.nn.functional.pad(pixels, (pad, pad, pad, pad))
-        rows, columns = rows + draw(2 * pad + 1), columns + draw(2 * pad + 1)
-    if pad or how.flip != "none":
-        rows, columns = rows.expand(batch, height), columns.expand(batch, width)
-        image = torch.arange(batch)[:, None, None]
-        # (B, H, W, C): channels come last through the gather, each pixel being one contiguous copy
-        pixels = pixels.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if how.cutout:
-        half = how.cutout // 2
-        down = torch.arange(height)[None] - draw(height) + half  # (B, H), 0.. inside the square
-        right = torch.arange(width)[None] - draw(width) + half
-        inside = ((down >= 0) & (down < how.cutout))[:, :, None] & ((right >= 0) & (right < how.cutout))[:, None]
-        pixels = pixels.masked_fill(inside[:, None], 0)
-    return pixels
 
 
 def _mean_and_std(pixels: Tensor, chosen: Tensor) -> tuple[list[float], list[float]]:

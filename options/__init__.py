@@ -1,6 +1,8 @@
 """What a user may say: options as dataclasses, and UserError for what was said wrong."""
 
 import dataclasses
+import io
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -117,13 +119,40 @@ def restore(options: type[O], stored: Mapping[str, Any]) -> O:
     return options(**{name: value for name, value in stored.items() if name in known})
 
 
+def in_words(error: OSError) -> str:
+    """What the system refused, and for which file."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused, by Python, PyTorch's allocator of the CPU or a GPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(word in str(error) for word in words)
+
+
 def entry(main: Callable[[], Any]) -> None:
     """Run a script's main as a program: bad input is one line and exit code 2, Ctrl-C is 130."""
     name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show does not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # who read what was printed has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        print(f"{name}: error: {in_words(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"{name}: error: out of memory", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         print("; ".join([f"\n{name}: interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)

@@ -1,5 +1,6 @@
 """The options of retrain.py. Defaults are the paper's values for CIFAR-10."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,19 +17,22 @@ class ChildOptions(RunOptions):
     name: str = "child"
     """Name of the experiment: a folder of experiments_dir. An existing one is never overwritten."""
     genotype: str = "search"
-    """An experiment, a genotype.json, a published name (SNAS_mild, DARTS_V2, ...), or random:SEED."""
+    """An experiment, a genotype.json, a search's checkpoint, a file with a cell as DARTS prints it, a published name
+    (SNAS_mild, DARTS_V2, ...), or random:SEED."""
+    genotype_epoch: PositiveInt | None = None
+    """With an experiment, the cell of that epoch's checkpoint instead of the last; inspect_model.py shows it."""
     match_params: PositiveInt | None = None
     """With random:SEED, draw until the child has this many parameters, give or take 5 %."""
     space: Literal["snas", "nasnet", "amoebanet"] = "snas"
     """With random:SEED, the operation space drawn from."""
-    split: str | None = None
-    """A split.json to use. Default: that of the experiment if --genotype names one, else a new one."""
     use_valid: bool = True
     """Train on the training and the validation split; False keeps validation for a figure every epoch."""
     init_from: str | None = None
     """An experiment whose supernet gives the initial weights, where shapes agree, instead of random ones."""
     eval_only: bool = False
     """Evaluate on the test split and stop: the newest checkpoint of --name, or the weights of --init_from."""
+    test_folder: str | None = None
+    """With --eval_only, other labelled images to evaluate --name on: a folder with one subfolder per class."""
 
     init_channels: PositiveInt = 36
     """C, channels of the first cell's nodes."""
@@ -63,7 +67,11 @@ class ChildOptions(RunOptions):
     def check(self) -> None:
         super().check()
         drawn = self.genotype.partition(":")
-        if drawn[0] == "random" and drawn[1] and not drawn[2].isdigit():
+        if drawn[0] == "random" and drawn[1] and not re.fullmatch("[0-9]+", drawn[2]):
             raise UserError(f"--genotype {self.genotype}: the seed is a number, as in random:3")
+        if self.stem == "imagenet" and self.init_channels < 2:
+            raise UserError("--init_channels 1: the ImageNet stem begins with half of them, take at least 2")
+        if self.test_folder is not None and not self.eval_only:
+            raise UserError("--test_folder goes with --eval_only True")
         if self.match_params is not None and not self.genotype.startswith("random:"):
             raise UserError("--match_params goes with --genotype random:SEED")

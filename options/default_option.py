@@ -25,6 +25,8 @@ class DataOptions:
     """Part of the images outside the test set that are trained on; the rest validate."""
     test_portion: HalfOpenUnit = 0.2
     """Part of a folder's images kept for testing, never seen by the search. Named data sets bring their own."""
+    split: str | None = None
+    """A split.json to use. Default: in retrain.py that of the experiment that --genotype names, else a new one."""
     group_pattern: str | None = None
     """Regular expression found in the file name; images with the same match (first group) stay in one split."""
     balance: bool = False
@@ -107,6 +109,8 @@ class RunOptions(DataOptions):
             raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
         if self.batch_size < 2:
             raise UserError("--batch_size 1: batch norm needs at least 2 images")
+        if self.eval_batch_size < 2:
+            raise UserError("--eval_batch_size 1: the statistics of batch norm need at least 2 images")
         if self.layers < 3:
             raise UserError(f"--layers {self.layers}: a network has at least 3 cells, two of which reduce")
         if self.learning_rate_min > self.learning_rate:

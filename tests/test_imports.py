@@ -22,10 +22,10 @@ ROWS = [
 # Inside a wing a module imports those before it.
 WINGS = {
     "fused": ["plain", "build", "operation", "choice"],
-    "loading": ["images", "splits", "batches"],
+    "loading": ["pixels", "images", "splits", "augmentation", "batches"],
     "resources": ["cost", "latency", "budget"],
     "training": ["checkpoint", "evaluation", "run", "loop"],
-    "child": ["source", "retraining", "export"],
+    "child": ["source", "program", "retraining", "export"],
 }
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_errors_name_only_options_that_the_script_has(
         (retrain.main, ChildOptions, [*child, "--name=new"]),
         (export_model.main, ExportOptions, common),
     ):
-        for dataset in (sizes, tmp_path / "nothing", "cifar10", *([] if main_ is main.main else [other])):
+        for dataset in (sizes, tmp_path / "nothing", "cifar10", *([other] if main_ is export_model.main else [])):
             with pytest.raises(UserError) as error:
                 main_([*base, f"--dataset={dataset}", f"--data_dir={tmp_path}/none"])
             assert named(str(error.value)) <= known[kind], error.value
@@ -130,3 +131,89 @@ def test_errors_name_only_options_that_the_script_has(
     export_model.main([*moved, f"--data_dir={tmp_path}/none"])
     printed = capsys.readouterr().out
     assert "no test images to compare on" in printed and named(printed) <= known[ExportOptions]
+
+
+def test_trouble_of_the_machine_is_one_line_and_exit_code_2(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    for error in (OSError(28, "No space left on device", "/cache/x.npy"), MemoryError(), RuntimeError(refused)):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(SystemExit) as stopped:
+            options.entry(fail)
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and printed.count("\n") == 1 and "Traceback" not in printed
+    with pytest.raises(RuntimeError, match="our own"):
+        options.entry(lambda: (_ for _ in ()).throw(RuntimeError("our own")))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(28, "No space left on device", "x.pt"),
+            r"x.pt: No space left on device; last good .*weights_epoch_1.pt",
+        ),
+        (RuntimeError("can't allocate memory"), r"out of memory; take less of --batch_size.*--recompute.*epoch_1.pt"),
+    ],
+)
+def test_a_run_that_the_machine_stops_names_its_last_checkpoint(
+    arguments: list[str], error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import search
+
+    real, steps = search.search_step, []
+
+    def step(*given: object) -> object:
+        steps.append(1)
+        if len(steps) > 3:
+            raise error
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search, "search_step", step)
+    with pytest.raises(UserError, match=words):
+        main.main(arguments)
+
+
+def test_places_to_write_are_tried_before_the_first_step(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"--visualizations_dir .*taken cannot be written"):
+        main.main([*arguments, f"--visualizations_dir={tmp_path}/taken"])
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_a_finished_search_does_not_fail_over_a_picture(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import visualize
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "cell.png")
+
+    monkeypatch.setattr(visualize, "draw_genotype", full)
+    found = main.main(arguments)
+    assert (found.folder / "genotype.json").exists() and found.pictures == []
+    assert "the cells are not drawn: cell.png: No space left on device" in capsys.readouterr().out
+
+
+def test_names_that_no_encoding_holds_do_not_end_a_run(arguments: list[str], tiny: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny, data)
+    os.rename(data / "class0", os.fsencode(data) + b"/caf\xe9")  # Latin-1
+    (data / "class1").rename(data / "a|b \u2603")
+    experiments = arguments[1]
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    child = [f"--dataset={data}", experiments, "--genotype=run", "--name=child", "--epochs=1", "--layers=3", "--cutout=False",
+             "--init_channels=2", "--batch_size=4", "--auxiliary=False", "--crop_padding=1", "--device=cpu"]  # fmt: skip
+    for command in (
+        ["main.py", *arguments, f"--dataset={data}"],
+        ["retrain.py", *child],
+        ["export_model.py", experiments, "--checkpoint=child", "--format=pt2"],
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, env=env)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+    card = (tmp_path / "experiments" / "child" / "child.pt2.md").read_text(encoding="utf-8")
+    assert "| a\\|b \u2603 |" in card and "caf" in card

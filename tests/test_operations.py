@@ -33,13 +33,13 @@ def test_fast_spatial_conv_is_the_plain_one_with_its_gradients(
     x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 1, kernel, kernel, dtype=torch.float64, requires_grad=True)
     plain = F.conv2d(x, weight, None, stride, dilation * (kernel // 2), dilation, 4)
-    fast = spatial_conv(x, weight, stride, dilation)
+    fast = spatial_conv(x, weight, stride, dilation, True)
     upstream = torch.randn_like(plain)
     wanted = torch.autograd.grad(plain, (x, weight), upstream)
     got = torch.autograd.grad(fast, (x, weight), upstream)
     assert torch.allclose(fast, plain) and all(torch.allclose(g, w) for g, w in zip(got, wanted, strict=True))
     with torch.no_grad():
-        assert torch.equal(spatial_conv(x, weight, stride, dilation), plain)
+        assert torch.equal(spatial_conv(x, weight, stride, dilation, True), plain)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -87,3 +87,9 @@ def test_exponential_schedule_counts_steps_of_the_whole_run_and_has_a_floor() ->
     assert sampling.exponential_temperature(0, 2.5, 3e-5, 0.03) == 2.5
     assert sampling.exponential_temperature(10_000, 2.5, 3e-5, 0.03) == pytest.approx(2.5 * math.exp(-0.3))
     assert sampling.exponential_temperature(10**7, 2.5, 3e-5, 0.03) == 0.03
+
+
+def test_the_margin_is_the_lead_of_the_likeliest() -> None:
+    alpha = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
+    assert sampling.margin(alpha).item() == pytest.approx((0.2 + 0.7) / 2)
+    assert sampling.margin(torch.zeros(14, 8)).item() == 0

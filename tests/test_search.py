@@ -276,7 +276,7 @@ def test_mapped_images_give_the_same_run(arguments: list[str], tmp_path: Path) -
     whole = main.main([*arguments, "--name=ram"])
     mapped = main.main([*arguments, "--name=map", "--max_ram_gb=1e-9", f"--cache_dir={tmp_path}/cache"])
     assert rows(mapped.folder) == rows(whole.folder)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
 def test_bf16_trains_close_to_fp32(arguments: list[str]) -> None:
@@ -294,3 +294,15 @@ def test_a_search_learns(tiny: Path, arguments: list[str]) -> None:
     assert min(row["train_loss"] for row in logged) < 0.6 * logged[0]["train_loss"]
     assert found.metrics["entropy_normal"] < 0.7 * 2 * 2.0794  # 2 edges, ln 8
     assert found.metrics["child_valid_acc"] > 80
+
+
+def test_a_search_that_decided_nothing_says_so(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    import inspect_model
+
+    main.main([*arguments, "--arch_learning_rate=1e-6"])
+    assert "warning: the search has not decided" in capsys.readouterr().out
+    inspect_model.main(["--experiment=run", arguments[1], arguments[2]])
+    assert "warning: the search has not decided" in capsys.readouterr().out
+    found = main.main([*arguments, "--name=sure", "--arch_learning_rate=3", "--epochs=4"])
+    printed = capsys.readouterr().out
+    assert min(found.metrics["margin_normal"], found.metrics["margin_reduce"]) > 0.1 and "not decided" not in printed

@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def test_the_device_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     utils.write_atomic(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        utils.write_atomic(path, "half\udcff")
+    with pytest.raises(TypeError):
+        utils.write_atomic(path, 5)  # type: ignore[arg-type]
     assert path.read_text() == "old" and [*path.parent.iterdir()] == [path]
     writers = [threading.Thread(target=utils.write_atomic, args=(path, str(n) * 10_000)) for n in range(8)]
     for writer in writers:
@@ -60,3 +61,17 @@ def test_contenders_take_turns() -> None:
     assert order == [*"ababab"] and seconds == {"a": [1, 3, 5], "b": [2, 4, 6]}
     calls: list[int] = []
     assert 0 <= utils.timed(lambda: calls.append(1), 5) < 1 and len(calls) == 5
+
+
+def test_one_process_uses_one_device() -> None:
+    with pytest.raises(UserError, match=r"a process uses one device; give one, such as cuda:0$"):
+        utils.pick_device("cuda:0,1")
+
+
+def test_what_a_killed_process_left_is_cleared_after_a_day(tmp_path: Path) -> None:
+    old, new = tmp_path / ".file.77-abc.tmp", tmp_path / ".file.78-abc.tmp"
+    for left in (old, new, tmp_path / ".other.77-abc.tmp"):
+        left.write_text("half")
+    os.utime(old, (0, 0))
+    utils.write_atomic(tmp_path / "file", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".file.78-abc.tmp", ".other.77-abc.tmp", "file"]

@@ -68,3 +68,14 @@ def test_the_renderer_is_called_without_a_viewer(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(subprocess, "run", lambda command, **kw: calls.append(command) or real(command, **kw))
     visualize.draw_genotype(GENOTYPES["DARTS_V1"], tmp_path)
     assert [call[1:] for call in calls] == [["-Kdot", "-Tsvg"], ["-Kdot", "-Tpng"]] * 2
+
+
+def test_a_renderer_that_cannot_be_run_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale = tmp_path / "dot"
+    stale.write_text("#!/nonexistent/interpreter\n")
+    stale.chmod(0o755)
+    monkeypatch.setattr(visualize, "find_renderer", lambda: str(stale))
+    written = visualize.draw_genotype(GENOTYPES["DARTS_V2"], tmp_path / "out")
+    assert all(path.suffix == ".gv" for path in written) and "cannot be run" in capsys.readouterr().out

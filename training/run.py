@@ -1,6 +1,9 @@
 """An experiment: its folder, options, data and device, what is kept of it, and what it says before it starts."""
 
 import math
+import os
+import platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +12,13 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 
 import operations
 import options
 import utils
 from loading.batches import Batches, Data, write_split
+from loading.splits import Split, Stored
 from options import UserError
 from options.default_option import RunOptions
 from training import checkpoint
@@ -22,6 +27,7 @@ from training import checkpoint
 FREE = {
     "resume",
     "eval_only",
+    "test_folder",
     "save_freq",
     "report_freq",
     "experiments_dir",
@@ -35,7 +41,7 @@ FREE = {
     "cache_dir",
 }
 # What a start that never reached a checkpoint leaves behind; it may be written over.
-_LEFTOVERS = ("options.yaml", "split.json", "metrics.jsonl", "events.out.tfevents.*", ".*.tmp")
+_LEFTOVERS = ("options.yaml", "split.json", "metrics.jsonl", "events.out.tfevents.*", ".*.tmp", ".lock", ".writer")
 
 
 class Stateful(Protocol):
@@ -93,6 +99,10 @@ class Run(Generic[Options]):
         """Random numbers on the device for one purpose at one moment, e.g. run.generator("z", step)."""
         return utils.generator(self.device, self.opt.seed, *labels)
 
+    def last_good(self) -> Path | str:
+        """The newest checkpoint, for messages."""
+        return checkpoint.path_of(self.folder, self.stem, self.epoch) if self.epoch else "none yet"
+
     def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Put the loaded checkpoint, if any, into everything that learns."""
         if self.loaded is not None:
@@ -118,27 +128,43 @@ class Run(Generic[Options]):
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Around what may be interrupted and gone on with."""
+def one_writer(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process. The lock ends with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    holder, lock = folder / ".writer", FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise UserError(f"{folder} is being written by {who}; wait for it, or give another --name") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note("finished epochs are kept: add --resume True to go on")
-        raise
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
+@contextmanager
 def open_run(
-    opt: Options, stem: str, split: dict[str, list[str]] | None = None, train_on_valid: bool = False
-) -> Run[Options]:
-    """Check the name, read the data, create the folder or find the checkpoint to resume from.
+    opt: Options, stem: str, split: Split | None = None, train_on_valid: bool = False, carry: Stored | None = None
+) -> Iterator[Run[Options]]:
+    """Check the name, read the data, hold the folder, create it or find the checkpoint to resume from.
 
     Args:
         opt: the options.
         stem: checkpoints are STEM_epoch_N.pt.
         split: names of the images per split; that of the checkpoint, or a new one, if None.
         train_on_valid: train on the validation split too.
+        carry: the split of another run, perhaps of other data; see Data.
     Raises:
-        UserError: the experiment exists, its options differ, or the data cannot be used.
+        UserError: the experiment exists or another process writes it, its options differ, or the data cannot be used.
     """
     folder = Path(opt.experiments_dir) / opt.name
     newest = checkpoint.newest(folder, stem) if opt.resume else None
@@ -148,18 +174,35 @@ def open_run(
     loaded = checkpoint.load(newest) if newest else None
     if loaded:
         check_same_options(opt, loaded["options"], folder)
-    run_data = Data(opt, loaded["split"] if loaded else split, train_on_valid)
-    if loaded and run_data.info.to_dict() != loaded["data"]:
+    data = Data(opt, loaded["split"] if loaded else split, train_on_valid, carry)
+    if loaded and data.info.to_dict() != {"white": data.info.white, **loaded["data"]}:  # earlier ones have none
         raise UserError(f"--dataset {opt.dataset} does not hold the images of the run in {folder}; use a new --name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--experiments_dir {opt.experiments_dir} cannot be written: {error.strerror}") from None
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
-    options.save(opt, folder / "options.yaml", f"python {Path(sys.argv[0]).name} --config {folder}/options.yaml")
-    write_split(folder / "split.json", run_data, opt)
-    return Run(opt, stem, folder, device, run_data, loaded["epoch"] if loaded else 0, loaded)
+    with one_writer(folder):
+        if newest is None:
+            _check_free(folder)  # again: reading the data took its time
+        if (checkpoint.newest(folder, stem) if opt.resume else None) != newest:
+            raise UserError(f"{folder} was written while the data was read; start again")
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        command = shlex.join(["python", Path(sys.argv[0]).name, "--config", str(folder / "options.yaml")])
+        options.save(opt, folder / "options.yaml", command)
+        write_split(folder / "split.json", data, opt)
+        run = Run(opt, stem, folder, device, data, loaded["epoch"] if loaded else 0, loaded)
+        try:
+            yield run
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note("finished epochs are kept: add --resume True to go on")
+            raise
+        except OSError as error:
+            raise UserError(f"{options.in_words(error)}; last good checkpoint: {run.last_good()}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not options.out_of_memory(error):
+                raise
+            less = "--batch_size, --eval_batch_size, --init_channels or --layers"
+            raise UserError(
+                f"out of memory; take less of {less}{' or --recompute True' if hasattr(opt, 'recompute') else ''}; "
+                f"last good checkpoint: {run.last_good()}"
+            ) from None
 
 
 def _check_free(folder: Path) -> None:
@@ -177,11 +220,12 @@ def _check_free(folder: Path) -> None:
 def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path) -> None:
     """Refuse options that differ from those of the run in the folder, but for FREE ones; raises UserError."""
     now = options.to_dict(opt)
-    changed = [name for name in now if name not in FREE and now[name] != stored.get(name)]
+    earlier = options.to_dict(type(opt)()) | dict(stored)  # what is newer than the run had its default
+    changed = [name for name in now if name not in FREE and now[name] != earlier[name]]
     if changed:
         name = changed[0]
         raise UserError(
-            f"--{name} is {now[name]} but the run in {folder} has {stored.get(name)}: a resumed run keeps its options; "
+            f"--{name} is {now[name]} but the run in {folder} has {earlier[name]}: a resumed run keeps its options; "
             f"use --config {folder}/options.yaml --resume True, or a new --name"
         )
 
@@ -189,9 +233,8 @@ def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path)
 def check_finite(run: Run[Any], name: str, value: float, epoch: int) -> None:
     """Stop the run where a figure is no number, before it is saved; raises UserError."""
     if not math.isfinite(value):
-        good = checkpoint.path_of(run.folder, run.stem, run.epoch) if run.epoch else "none yet"
         raise UserError(
-            f"{name} became {value} in epoch {epoch}; last good checkpoint: {good}; "
+            f"{name} became {value} in epoch {epoch}; last good checkpoint: {run.last_good()}; "
             "try a lower --learning_rate or --precision fp32 under a new --name"
         )
 
@@ -207,16 +250,19 @@ def announce(run: Run[Any], costs: Mapping[str, int]) -> None:
     height, width = info.image_size
     sizes = ", ".join(f"{sum(counts):,} {name}" for name, counts in info.counts.items())
     rarest, commonest = min(info.counts["train"]), max(info.counts["train"])
+    shown = ", ".join(info.classes[:3]) + (", ..." if len(info.classes) > 3 else "")
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     print(f"device   {run.device}{threads}, {opt.precision}{', compiled' if opt.compile else ''}")
     if run.device.type == "cpu" and opt.compile:
         print("warning: --compile True gains nothing on a CPU: the fused kernels are faster, leave it out")
     elif run.device.type == "cpu" and opt.precision == "fp32":
         print(f"kernels  {operations.kernels_in_words()}")
-    print(f"data     {opt.dataset}: {width}x{height}x{info.channels}; {len(info.classes)} classes; {sizes}")
+    print(f"data     {opt.dataset}: {width}x{height}x{info.channels}; {len(info.classes)} classes ({shown}); {sizes}")
     print(
         f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"
     )
+    for note in run.data.notes:
+        print(f"note:    {note}")
     print(f"network  {costs['params']:,} parameters, {costs['flops'] / 1e6:,.1f} Mflops (multiply-adds) an image")
     print(f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {run.steps} steps each", flush=True)
     for name, counts in info.counts.items():

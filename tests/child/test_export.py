@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import operations
 import options
 import retrain
 from child import export, source
-from loading import batches, images
+from loading import batches
 from options import UserError
 from options.child_option import ChildOptions
 from training import checkpoint
@@ -31,7 +32,9 @@ def test_onnx_takes_bytes_and_gives_the_logits_of_the_model(trained: list[str], 
     import onnxruntime
 
     exported = export_model.main(trained)
-    assert [p.name for p in (exported.path, *exported.cards)] == ["child.onnx", "child.onnx.md", "child.onnx.json"]
+    assert [p.name for p in (exported.path, *exported.cards)] == [
+        "child.onnx", "child.onnx.md", "child.onnx.json", "child_onnx.py",
+    ]  # fmt: skip
     assert not list(exported.path.parent.glob("*.data"))  # no side file
     session = onnxruntime.InferenceSession(exported.path)
     content = checkpoint.load(tmp_path / "experiments" / "again" / "child_epoch_3.pt")
@@ -86,26 +89,86 @@ def test_the_card_says_what_the_file_is(trained: list[str], tmp_path: Path) -> N
         assert words in text
 
 
-def test_the_example_of_the_help_text_classifies_an_image(
-    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def classified(program: Path, *files: Path) -> list[str]:
+    """What the program beside an exported file says of images, in a folder and an environment of its own."""
+    command = [sys.executable, program.name, *map(str, files)]
+    done = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, check=True)
+    return [line.split(": ")[-1].split(" (")[0] for line in done.stdout.splitlines()]
+
+
+def stored(kind: str, numbers: np.ndarray) -> tuple[Image.Image, str, dict[str, object]]:
+    """An image of brightness 0..179 as some kind of file: the image, its ending, how to save it."""
+    grey = Image.fromarray(numbers.astype(np.uint8))
+    if kind == "14 bits":
+        return Image.fromarray((7000 + numbers * 8).astype(np.uint16)), "png", {}
+    if kind == "12 bits":
+        return Image.fromarray((numbers * 16).astype(np.uint16)), "tif", {}
+    if kind == "floats":
+        return Image.fromarray((numbers / 50).astype(np.float32)), "tif", {}
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        return grey, "jpg", {"exif": exif, "quality": 95}
+    if kind == "transparent":
+        image = grey.convert("RGBA")
+        image.putalpha(Image.fromarray(np.full(numbers.shape, 128, np.uint8)))
+        return image, "png", {}
+    converted = {"palette": "P", "CMYK": "CMYK", "black and white": "1"}
+    return (grey.convert(converted[kind]) if kind in converted else grey), {"CMYK": "tif"}.get(kind, "png"), {}
+
+
+KINDS = ("8 bits", "14 bits", "12 bits", "floats", "turned", "transparent", "palette", "CMYK", "black and white")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_program_beside_the_file_guesses_what_the_test_figures_say(
+    kind: str, tmp_path: Path, arguments: list[str]
 ) -> None:
-    exported = export_model.main(trained)
+    """From files to guesses: an image is dark on one side, which side is its class."""
+    rng, data = np.random.default_rng(0), tmp_path / "data"
+    for number in range(48):
+        numbers = rng.integers(0, 60, (9, 12)) + 20
+        rows = number % 2 == 0
+        numbers[slice(None, 4) if rows else slice(None), slice(None) if rows else slice(None, 5)] += 100
+        image, ending, how = stored(kind, numbers)
+        folder = data / ("above" if rows else "left")
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number}.{ending}", **how)
+    trained = [f"--dataset={data}", arguments[1], "--genotype=SNAS_mild", "--name=child", "--epochs=20", "--learning_rate=0.1",
+               "--layers=3",
+               "--init_channels=4", "--batch_size=8", "--auxiliary=False", "--cutout=False", "--device=cpu", "--flip=none",
+               "--crop_padding=0", "--image_size=8", "--drop_path_prob=0", "--test_portion=0.25"]  # fmt: skip
+    tested = retrain.main(trained)
+    exported = export_model.main([arguments[1], "--checkpoint=child"])
+    split = json.loads((tested.folder / "split.json").read_text())
+    files = [data / name for name in split["test"]]
+    guesses = classified(exported.cards[2], *files)
+    right = sum(guess == file.parent.name for guess, file in zip(guesses, files, strict=True))
+    assert 100 * right / len(files) == pytest.approx(tested.figures["acc"])
+    assert tested.figures["acc"] > 80  # or the comparison says little
+
+
+def test_the_help_says_how_to_classify(trained: list[str], tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exported = export_model.main([*trained, "--format=pt2", "--input=float"])
     with pytest.raises(SystemExit):
         export_model.main(["--help"])
     assert export_model.EXAMPLE in capsys.readouterr().out
-    assert len(export_model.EXAMPLE.strip().splitlines()) == 5
-    image = tmp_path / "wide.png"  # of another size and shape than the model's
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 33, 3), dtype=np.uint8)).save(image)
-    done = subprocess.run(
-        [sys.executable, "-c", export_model.EXAMPLE, image],
-        cwd=exported.path.parent, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    pixels = images._read(image, 8).pixels.transpose(2, 0, 1)[None]
-    import onnxruntime
+    files = sorted(tiny.rglob("*.png"))[::5]
+    model = runpy.run_path(str(exported.cards[2]))
+    found = [name for name, _ in model["classify"]([str(file) for file in files])]
+    assert found == classified(exported.cards[2], *files) and {*found} <= {"class0", "class1", "class2"}
 
-    session = onnxruntime.InferenceSession(exported.path)
-    wanted = f"class{session.run(None, {'images': pixels})[0].argmax()}"
-    assert done.stdout.strip() == wanted
+
+def test_a_program_that_reads_otherwise_than_training_is_not_kept(
+    trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = export._program
+    monkeypatch.setattr(
+        export, "_program", lambda *given: real(*given).replace(".convert(mode)", ".convert(mode).rotate(90)")
+    )
+    with pytest.raises(UserError, match="otherwise than training did"):
+        export_model.main(trained)
+    assert not list((Path(trained[0].split("=")[1]) / "again").glob("child*onnx*"))
 
 
 def test_nothing_is_overwritten_and_bad_sources_are_named(trained: list[str], tmp_path: Path) -> None:
@@ -125,7 +188,7 @@ def test_nothing_is_overwritten_and_bad_sources_are_named(trained: list[str], tm
 def test_without_the_data_random_images_are_compared(
     trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def gone(*_: object) -> object:
+    def gone(*_: object, **__: object) -> object:
         raise UserError("no such folder")
 
     monkeypatch.setattr(export, "Data", gone)

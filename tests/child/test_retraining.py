@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -201,13 +202,44 @@ def test_bad_input_is_one_line(searched: list[str], tmp_path: Path, extra: list[
     assert "\n" not in str(error.value)
 
 
-def test_data_with_other_classes_is_refused(searched: list[str], tmp_path: Path) -> None:
+def test_a_cell_carries_over_to_other_data(
+    searched: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from pictures import write_images
 
-    other = write_images(tmp_path / "four", classes=4)
-    for extra in ([], ["--init_from=run", "--eval_only=True"]):
-        with pytest.raises(UserError, match="of other classes"):
-            retrain.main([*searched, f"--dataset={other}", *extra])
+    other = write_images(tmp_path / "four", classes=4, mode="L")
+    capsys.readouterr()
+    tested = retrain.main([*searched, f"--dataset={other}"])
+    printed = capsys.readouterr().out
+    assert "note:    36 of the 36 images of the split are here: this is other data" in printed  # but one class is new
+    split = json.loads((tested.folder / "split.json").read_text())
+    assert sum(len(split[part]) for part in ("train", "valid", "test")) == 48
+    assert tested.figures["test_images"] == len(split["test"]) and len(tested.figures["per_class_acc"]) == 4
+    with pytest.raises(UserError, match="of other classes"):  # weights do not
+        retrain.main([*searched, f"--dataset={other}", "--init_from=run", "--eval_only=True"])
+
+
+def test_new_images_join_the_training_split_and_gone_ones_are_told(
+    searched: list[str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = json.loads((tmp_path / "experiments" / "run" / "split.json").read_text())
+    grown = tmp_path / "grown"
+    shutil.copytree(tiny, grown)
+    for label in range(3):
+        shutil.copy(grown / f"class{label}" / "0_0.png", grown / f"class{label}" / "9_new.png")
+    (grown / search["test"][0]).unlink()
+    capsys.readouterr()
+    tested = retrain.main([*searched, f"--dataset={grown}"])
+    printed = capsys.readouterr().out
+    assert f"note:    1 of the 36 images of the split are gone, e.g. {search['test'][0]}" in printed
+    assert "note:    3 images that the split does not name are trained on, e.g. class0/9_new.png" in printed
+    split = json.loads((tested.folder / "split.json").read_text())
+    assert split["test"] == search["test"][1:] and split["valid"] == search["valid"]
+    assert split["train"] == [*search["train"], *(f"class{label}/9_new.png" for label in range(3))]
+    capsys.readouterr()
+    (grown / "class0" / "later.png").write_bytes((grown / "class0" / "9_new.png").read_bytes())
+    retrain.main([*searched, f"--dataset={grown}", "--resume=True"])
+    assert "note:    1 images here are not in the split, and left out" in capsys.readouterr().out
 
 
 def test_a_run_that_started_from_a_supernet_is_tested_again(searched: list[str]) -> None:
@@ -244,3 +276,48 @@ def test_bf16_trains_close_to_fp32(searched: list[str]) -> None:
     first, second = (rows(tested.folder)[0]["train_loss"] for tested in (full, half))
     assert first != second == pytest.approx(first, rel=0.02)
     assert half.figures["test_images"] == 8 and half.figures["loss"] != full.figures["loss"]
+
+
+def test_the_cell_of_an_epoch_is_handed_on(searched: list[str], tmp_path: Path) -> None:
+    import inspect_model
+
+    experiments = tmp_path / "experiments"
+    main.main([f"--config={experiments}/run/options.yaml", "--name=kept", "--save_freq=1", "--arch_learning_rate=1"])
+    where = ["--experiment=kept", f"--experiments_dir={experiments}", "--epoch=1", "--visualize=False"]
+    shown = inspect_model.main([*where, f"--out={tmp_path}/g.json"]).genotype
+    with pytest.raises(UserError, match="exists"):
+        inspect_model.main([*where, f"--out={tmp_path}/g.json"])
+    ways = (["--genotype=kept", "--genotype_epoch=1"], [f"--genotype={tmp_path}/g.json"],
+            [f"--genotype={experiments}/kept/weights_epoch_1.pt"])  # fmt: skip
+    for number, way in enumerate(ways):
+        assert retrain.main([*searched, *way, f"--name=way{number}", "--epochs=1"]).genotype == shown
+    with pytest.raises(UserError, match="no such checkpoint"):
+        retrain.main([*searched, "--genotype=kept", "--genotype_epoch=9", "--name=none"])
+
+
+def test_other_labelled_images_are_tested_as_the_network_was_trained(
+    searched: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    """Without repeating the options of the training; means and deviations are those of the checkpoint."""
+    from pictures import write_images
+
+    tested = retrain.main([*searched, "--image_size=7"])
+    split = json.loads((tested.folder / "split.json").read_text())
+    other = tmp_path / "other"
+    for name in split["test"]:
+        (other / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny / name, other / name)
+    where = ["--eval_only=True", "--name=again", searched[1], f"--test_folder={other}"]
+    again = retrain.main(where)
+    assert again.figures["loss"] == pytest.approx(tested.figures["loss"], rel=1e-6)
+    assert again.figures["confusion"] == tested.figures["confusion"]
+    shutil.rmtree(other / "class1")  # a class without images
+    assert retrain.main(where).figures["per_class_acc"]["class1"] is None
+    (other / "class9").mkdir()
+    shutil.copy(tiny / split["test"][0], other / "class9" / "x.png")
+    with pytest.raises(UserError, match="know no class 'class9'"):
+        retrain.main(where)
+    with pytest.raises(SystemExit):
+        options.parse(ChildOptions, [f"--test_folder={other}"], "", "")
+    grey = write_images(tmp_path / "grey", mode="L")
+    assert retrain.main([*where[:3], f"--test_folder={grey}"]).figures["test_images"] == 36  # as three channels

@@ -8,7 +8,8 @@ from pictures import write_images
 from PIL import Image
 
 from loading import splits
-from loading.batches import Augmentation, Data, augment, write_split
+from loading.augmentation import Augmentation, augment
+from loading.batches import Data, write_split
 from options import UserError
 from options.default_option import TrainOptions
 
@@ -65,7 +66,7 @@ def test_wrong_options_are_named(tiny: Path, changes: dict[str, object], message
 
 
 def test_a_class_too_small_to_split_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="smallest class has 1"):
+    with pytest.raises(UserError, match="the smallest class, 'class0', has 1 images"):
         Data(options(write_images(tmp_path / "d", per_class=1)))
 
 
@@ -87,8 +88,15 @@ def test_named_data_set_is_read_offline_with_its_own_test_set(tmp_path: Path) ->
         (raw / f"{stem}-labels-idx1-ubyte").write_bytes(np.array([2049, count], ">i4").tobytes() + labels.tobytes())
     made = Data(options(tmp_path, dataset="fashion_mnist", data_dir=str(tmp_path), image_size=14))
     assert [sum(c) for c in made.info.counts.values()] == [20, 20, 20]
-    assert made.split["test"] == [str(i) for i in range(40, 60)]
+    assert made.split["test"] == [f"fashion_mnist/{i}" for i in range(40, 60)]
     assert made.info.image_size == [14, 14] and made.info.channels == 1 and len(made.info.classes) == 10
+    # a split of an earlier version, and one of another data set
+    earlier = {part: [name.split("/")[1] for name in names] for part, names in made.split.items()}
+    again = Data(options(tmp_path, dataset="fashion_mnist", data_dir=str(tmp_path), image_size=14), earlier)
+    assert again.split == made.split
+    other = {part: [f"cifar10/{name}" for name in names] for part, names in earlier.items()}
+    with pytest.raises(UserError, match="60 images of the split are gone"):
+        Data(options(tmp_path, dataset="fashion_mnist", data_dir=str(tmp_path), image_size=14), other)
 
 
 def test_mean_and_std_are_those_of_the_training_split(tiny: Path) -> None:
@@ -230,3 +238,15 @@ def test_the_split_of_many_images_is_kept(tiny: Path, tmp_path: Path, monkeypatc
     monkeypatch.undo()
     monkeypatch.setattr(splits, "_MANY", 10)
     assert Data(options(tiny, cache_dir=str(tmp_path), seed=1)).split != fresh
+
+
+def test_cutout_fills_with_what_normalisation_makes_zero(tiny: Path) -> None:
+    made = Data(options(tiny, cutout=True, cutout_length=3, crop_padding=0, flip="none"))
+    images, _ = next(made.train_batches(36, 0, torch.device("cpu")))
+    plain = Data(options(tiny, crop_padding=0, flip="none"))
+    before, _ = next(plain.train_batches(36, 0, torch.device("cpu")))
+    assert images.shape == before.shape
+    changed = (images != before).any(1)  # (B, H, W)
+    assert 0 < changed.float().mean() < 0.2
+    assert images.abs().permute(0, 2, 3, 1)[changed].max() < 0.02  # a byte is as near to the mean as it can be
+    assert any("blanks most" in note for note in Data(options(tiny, cutout=True, cutout_length=7)).notes)

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def folder_of(root: Path, files: dict[str, Image.Image]) -> images.ImageFolder:
 def decode(
     folder: images.ImageFolder, size: int | None = None, ram: float = 1.0, cache: Path = Path("/nowhere")
 ) -> torch.Tensor:
-    return images.decode(folder, size, ram, cache)
+    return images.decode(folder, size, ram, str(cache)).pixels
 
 
 def ramp(top: int, dtype: type = np.uint8) -> np.ndarray:
@@ -132,8 +133,10 @@ def test_large_folders_are_mapped_and_the_file_is_used_again(tmp_path: Path, mon
     in_memory = decode(folder)
     mapped = decode(folder, ram=1e-9, cache=tmp_path / "cache")
     assert torch.equal(mapped, in_memory)
-    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npy"]
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".json", ".npy"]
     monkeypatch.setattr(images, "_read", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(decode(folder, ram=1e-9, cache=tmp_path / "cache"), in_memory)
+    next((tmp_path / "cache").glob("*.json")).unlink()  # as earlier versions left it
     assert torch.equal(decode(folder, ram=1e-9, cache=tmp_path / "cache"), in_memory)
     monkeypatch.undo()
     Image.new("RGB", (8, 8), (1, 2, 3)).save(folder.root / folder.files[0])  # a changed image is not served from before
@@ -164,3 +167,57 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     (tmp_path / "cache").write_text("a file is in the way")
     assert decode(images.scan(write_images(tmp_path / "d")), cache=tmp_path / "cache").shape == (36, 3, 8, 8)
     assert "cannot be kept in" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_counted_and_links_are_followed(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "d", classes=2, per_class=4)
+    (root / "class0" / "notes.txt").write_text("")
+    (root / "class0" / "Thumbs.db").write_bytes(b"")
+    (root / "class1" / "clip.mp4").write_bytes(b"")
+    (root / "class1" / ".DS_Store").write_bytes(b"")
+    (root / "class1" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "class1" / "round").symlink_to(root)
+    more = write_images(tmp_path / "more", classes=1, per_class=4)
+    (root / "class0" / "more").symlink_to(more / "class0")
+    shutil.copy(root / "class0" / "0_0.png", root / "class0" / "photo.PNG")
+    Image.open(root / "class0" / "0_0.png").save(root / "class0" / "photo.jfif", "JPEG")
+    folder = images.scan(root)
+    assert folder.labels.count(0) == 4 + 4 + 2 and folder.labels.count(1) == 4
+    assert "class0/more/0_0.png" in folder.files and "class0/photo.jfif" in folder.files
+    assert folder.left_out == "1 .db, 1 .mp4, 1 .txt, 1 broken link, 1 link into itself"
+
+
+def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
+    for part in ("train", "val", "Test"):
+        write_images(tmp_path / "d" / part)
+    with pytest.raises(UserError, match="Test, train, val are splits, not classes; give"):
+        images.scan(tmp_path / "d")
+
+
+def test_a_class_of_other_files_names_them(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "d", classes=2)
+    (root / "clips").mkdir()
+    (root / "clips" / "a.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match=r"'clips' holds no images but 1 \.mp4"):
+        images.scan(root)
+
+
+def test_the_white_level_is_kept_with_the_pixels(tmp_path: Path) -> None:
+    folder = folder_of(
+        tmp_path / "d", {"a.png": Image.fromarray(ramp(4000, np.uint16)), "b.tif": Image.fromarray(ramp(9))}
+    )
+    first = images.decode(folder, None, 1e-9, str(tmp_path / "cache"))
+    again = images.decode(folder, None, 1e-9, str(tmp_path / "cache"))
+    assert first.white == again.white == {"F": 1.0, "I": 4095.0} and torch.equal(first.pixels, again.pixels)
+    next((tmp_path / "cache").glob("*.json")).unlink()  # what an earlier version kept does not say what was white
+    assert images.decode(folder, None, 1e-9, str(tmp_path / "cache")).white == first.white
+    given = images.decode(folder, None, 1.0, None, {"F": 1.0, "I": 8190.0})
+    assert given.white["I"] == 8190 and given.pixels[0].max() == 125  # 255 * 4000 / 8190
+
+
+def test_an_infinite_pixel_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = ramp(9, np.float32), ramp(9, np.float32)
+    bad[0, 0] = np.inf
+    with pytest.raises(UserError, match=r"1 of 2 images cannot be read: c1/b\.tif"):
+        decode(folder_of(tmp_path, {"a.tif": Image.fromarray(good), "b.tif": Image.fromarray(bad)}))
+    assert "c1/b.tif: 1 of its pixels are infinite" in "".join(capsys.readouterr())
