@@ -14,11 +14,19 @@ FORMAT = 1  # of the mapping in the file; a loader refuses others
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint so that a crash leaves the old file or the new one, never half of one."""
-    with utils.replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a checkpoint so that a crash leaves the old file or the new one, never half of one; raises OSError."""
+    try:
+        with utils.replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer hides what the system refused
+        refused: BaseException | None = error
+        while refused is not None and not isinstance(refused, OSError):
+            refused = refused.__context__
+        if refused is None:
+            raise
+        raise OSError(refused.errno, refused.strerror, str(path)) from None
 
 
 def load(path: Path) -> dict[str, Any]:

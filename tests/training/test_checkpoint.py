@@ -54,3 +54,18 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         checkpoint.load(tmp_path / "weights_epoch_1.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_is_what_the_system_says_and_the_old_file_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that takes nothing, in place of the temporary file."""
+    path = tmp_path / "weights_epoch_1.pt"
+    checkpoint.save(path, {"a": 1})
+    before = path.read_bytes()
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **how: real(Path("/dev/full"), mode, **how))
+    with pytest.raises(OSError, match="No space left on device") as error:
+        checkpoint.save(path, {"a": torch.zeros(100_000)})
+    monkeypatch.undo()
+    assert error.value.filename == str(path) and path.read_bytes() == before
