@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,10 @@ def test_ctrl_c_is_one_line_and_exit_code_130() -> None:
 
 def test_ctrl_c_in_a_search_says_how_to_go_on(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "main.py", *arguments, "--epochs=1000"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background it is ignored
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as process:
         metrics = tmp_path / "experiments" / "run" / "metrics.jsonl"
         for _ in range(600):
             if metrics.exists() and metrics.stat().st_size:
