@@ -1,4 +1,4 @@
-"""Who may import whom, walked. (import-linter reads packages, and half of the modules are single files.)"""
+"""Who may import whom, walked. (import-linter refuses single-file modules, which half of these are.)"""
 
 import ast
 import subprocess
