@@ -119,6 +119,8 @@ def _splits(opt: ChildOptions) -> tuple[Split | None, Stored | None]:
                 f"the test images of {opt.split or searches[0]} were trained or validated on by the search of {path}; "
                 "use searches of one split"
             )
+    if Path(opt.genotype).is_file() and not searches and given is None:
+        print(f"note:    no split.json lies beside {opt.genotype}: its search may have seen the test images drawn now")
     return given, None if given else found
 
 

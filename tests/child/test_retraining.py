@@ -248,11 +248,17 @@ def test_a_run_that_started_from_a_supernet_is_tested_again(searched: list[str])
     assert again.figures["loss"] == pytest.approx(tuned.figures["loss"])
 
 
-def test_the_split_goes_with_a_genotype_given_as_a_file(searched: list[str], tmp_path: Path) -> None:
+def test_the_split_goes_with_a_genotype_given_as_a_file(
+    searched: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "experiments"
     retrain.main([*searched, f"--genotype={folder}/run/genotype.json", "--seed=4"])
     splits = [json.loads((folder / name / "split.json").read_text()) for name in ("run", "again")]
     assert splits[0]["test"] == splits[1]["test"]
+    shutil.copy(folder / "run" / "genotype.json", tmp_path / "copied.json")
+    capsys.readouterr()
+    retrain.main([*searched, f"--genotype={tmp_path}/copied.json", "--name=copy", "--epochs=1"])
+    assert "no split.json lies beside" in capsys.readouterr().out
 
 
 def test_test_images_that_a_search_used_are_refused(searched: list[str], arguments: list[str], tmp_path: Path) -> None:
