@@ -78,18 +78,18 @@ def run_export(opt: ExportOptions) -> Exported:
     path = Path(opt.out) if opt.out else weights.with_name(f"child.{opt.format}")
     cards = [path.with_name(f"{path.name}.{ending}") for ending in ("md", "json")]
     cards.append(path.with_name(f"{path.stem}_{opt.format}.py"))
-    for file in (path, *cards):
-        if file.exists():
-            raise UserError(f"{file} exists; name another file with --out")
-    with nullcontext() if opt.out else one_writer(path.parent):
+    with nullcontext() if opt.out else one_writer(path.parent, "name a file elsewhere with --out"):
+        for file in (path, *cards):
+            if file.exists():
+                raise UserError(f"{file} exists; name another file with --out")
         network, genotype = source.load_child(content)
         info = DataInfo(**content["data"])
         model = Classifier(network, info, 255 if opt.input == "uint8" else 1).eval()
         images, kind = _images(opt, content, info)
         path.parent.mkdir(parents=True, exist_ok=True)
         write = _export_onnx if opt.format == "onnx" else _export_pt2
-        predict = write(model, images, path, _metadata(info, opt))
         try:
+            predict = write(model, images, path, _metadata(info, opt))
             difference = _compare(model, predict, images)
             utils.write_atomic(cards[2], _program(path))
             if kind == "test images":

@@ -25,7 +25,7 @@ from options import UserError
 from options.child_option import ChildOptions
 from resources.cost import Deployed
 from training import checkpoint, evaluation, loop
-from training.run import FREE, Run, Stateful, announce, open_run
+from training.run import Run, Stateful, announce, check_same_options, open_run
 
 
 class Tested(NamedTuple):
@@ -269,8 +269,14 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
 
 
 def _as_trained(opt: ChildOptions, stored: Mapping[str, Any]) -> ChildOptions:
-    """The options of a checkpoint, but those that are given of where things lie and what they run on."""
+    """The options of a checkpoint, with those that are given of where things lie and what they run on.
+
+    Raises:
+        UserError: an option is given that the training had otherwise.
+    """
     trained, usual = options.restore(ChildOptions, stored), ChildOptions()
-    free = {name: value for name, value in vars(opt).items() if name in FREE | {"eval_batch_size"}}
-    given = {name: value for name, value in free.items() if value != getattr(usual, name)}
-    return replace(trained, name=opt.name, **given)
+    given = {name: value for name, value in vars(opt).items() if value != getattr(usual, name)}
+    merged = replace(trained, **given)
+    same = replace(merged, eval_batch_size=trained.eval_batch_size)
+    check_same_options(same, stored, Path(opt.experiments_dir) / opt.name)
+    return merged

@@ -214,8 +214,8 @@ class Data:
     @staticmethod
     def _names_now(split: Split, pool: ImageSet, opt: DataOptions) -> Split:
         """Earlier versions called the images of a named data set 0, 1, 2."""
-        here = {*pool.names}
-        if opt.dataset not in LOADERS or not here.isdisjoint(name for names in split.values() for name in names):
+        named = (name for names in split.values() for name in names)
+        if opt.dataset not in LOADERS or not {*pool.names}.isdisjoint(named):
             return split
         return {part: [f"{opt.dataset}/{name}" for name in names] for part, names in split.items()}
 

@@ -157,12 +157,19 @@ def decode(
     Raises:
         UserError: unreadable files, or several sizes and no image_size.
     """
-    path = _kept(folder, image_size, cache_dir, *([white] if white else []))
-    if (known := _load(path, folder)) is not None:
+    path = _kept(folder, image_size, cache_dir)
+    known = _load(path, folder)
+    if known is not None and white not in (None, known.white):  # kept for another white
+        path = _kept(folder, image_size, cache_dir, white)
+        known = _load(path, folder)
+    if known is not None:
         return known
     start = time.perf_counter()
-    images = _read_all(folder, image_size, max_ram_gb * 1e9)
-    white = white or _white(images)
+    images = _read_all(folder, image_size, max_ram_gb * 1e9, white)
+    if white is None:
+        white = _white(images)
+    else:
+        path = _kept(folder, image_size, cache_dir, white)
     channels = 1 if all(image.mode in pixels.GREY for image in images) else 3
     shape = (len(images), channels, *_one_size(folder, images, image_size))
     if np.prod(shape) > max_ram_gb * 1e9:
@@ -204,11 +211,13 @@ def _kept(folder: ImageFolder, image_size: int | None, cache_dir: str | None, *m
     )
 
 
-def _read_all(folder: ImageFolder, image_size: int | None, most: float) -> list[_Read]:
+def _read_all(
+    folder: ImageFolder, image_size: int | None, most: float, white: Mapping[str, float] | None
+) -> list[_Read]:
     """Every image, the first ones with their pixels, `most` bytes of them in all."""
     images: list[_Read] = []
     kept = 0
-    for image in _each(lambda name: _read(folder.root / name, image_size), folder, folder.files):
+    for image in _each(lambda name: _read(folder.root / name, image_size, white), folder, folder.files):
         if image is not None:
             kept += image.pixels.nbytes if image.pixels is not None else 0
             images.append(image if kept <= most else image._replace(pixels=None))

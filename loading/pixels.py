@@ -43,9 +43,16 @@ def pixels_of(image: Image.Image, mode: str, size: tuple[int, int] | None, white
         mode: L or RGB.
         size: width and height to resize and crop to (at the centre); None keeps the image's own.
         white: the value of a white pixel of integers (I) and of floats (F).
+    Raises:
+        ValueError: a pixel is infinite, or it is not known what is white.
     """
     if image.mode in WIDE:
-        scaled = values_of(image) * (255 / white["F" if image.mode == "F" else "I"])
+        kind = "F" if image.mode == "F" else "I"
+        if kind not in white:
+            raise ValueError(
+                "it has more than 8 bits a pixel, the images of training had not: what is white is unknown"
+            )
+        scaled = values_of(image) * (255 / white[kind])
         image = Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -16,7 +16,7 @@ def test_seeds_are_folded_from_everything_that_they_are_for() -> None:
     assert utils.fold(0, "z", 1) == utils.fold(0, "z", 1)
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "xpu", "hpu", "nonsense", "cuda:x", "meta"])
+@pytest.mark.parametrize("name", ["cuda:99", "xpu", "hpu", "nonsense", "cuda:x", "meta", "xla", "privateuseone"])
 def test_a_device_that_is_not_here_is_one_line(name: str) -> None:
     with pytest.raises(UserError, match=rf"^--device {name} cannot be used here; try --device cpu$"):
         utils.pick_device(name)

@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -128,8 +128,11 @@ class Run(Generic[Options]):
 
 
 @contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
+def one_writer(folder: Path, instead: str) -> Iterator[None]:
     """Holds a folder for this process. The lock ends with the process, however that ends.
+
+    Args:
+        instead: what to try where another process holds it, in words.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
@@ -138,13 +141,14 @@ def one_writer(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-        raise UserError(f"{folder} is being written by {who}; wait for it, or give another --name") from None
+        raise UserError(f"{folder} is being written by {who}; wait for it, or {instead}") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     try:
+        with suppress(OSError):  # a full disk: only the name is lacking then
+            holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -177,7 +181,7 @@ def open_run(
     data = Data(opt, loaded["split"] if loaded else split, train_on_valid, carry)
     if loaded and data.info.to_dict() != {"white": data.info.white, **loaded["data"]}:  # earlier ones have none
         raise UserError(f"--dataset {opt.dataset} does not hold the images of the run in {folder}; use a new --name")
-    with one_writer(folder):
+    with one_writer(folder, "give another --name"):
         if newest is None:
             _check_free(folder)  # again: reading the data took its time
         if (checkpoint.newest(folder, stem) if opt.resume else None) != newest:

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import write_images
 from torch import nn
 
 import genotypes
+import inspect_model
 import main
 import options
 import retrain
@@ -149,8 +151,6 @@ def test_the_supernets_weights_are_taken_over_and_give_its_accuracy(
 
 
 def test_an_auxiliary_head_is_trained_but_not_counted_and_needs_room(arguments: list[str], tmp_path: Path) -> None:
-    from pictures import write_images
-
     folder = write_images(tmp_path / "large", size=(32, 32), per_class=6)
     common = [f"--dataset={folder}", arguments[1], "--genotype=SNAS_mild", "--layers=3", "--init_channels=2", "--epochs=1",
               "--batch_size=4", "--device=cpu", "--test_portion=0.34"]  # fmt: skip
@@ -205,8 +205,6 @@ def test_bad_input_is_one_line(searched: list[str], tmp_path: Path, extra: list[
 def test_a_cell_carries_over_to_other_data(
     searched: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pictures import write_images
-
     other = write_images(tmp_path / "four", classes=4, mode="L")
     capsys.readouterr()
     tested = retrain.main([*searched, f"--dataset={other}"])
@@ -285,8 +283,6 @@ def test_bf16_trains_close_to_fp32(searched: list[str]) -> None:
 
 
 def test_the_cell_of_an_epoch_is_handed_on(searched: list[str], tmp_path: Path) -> None:
-    import inspect_model
-
     experiments = tmp_path / "experiments"
     main.main([f"--config={experiments}/run/options.yaml", "--name=kept", "--save_freq=1", "--arch_learning_rate=1"])
     where = ["--experiment=kept", f"--experiments_dir={experiments}", "--epoch=1", "--visualize=False"]
@@ -305,8 +301,6 @@ def test_other_labelled_images_are_tested_as_the_network_was_trained(
     searched: list[str], tiny: Path, tmp_path: Path
 ) -> None:
     """Without repeating the options of the training; means and deviations are those of the checkpoint."""
-    from pictures import write_images
-
     tested = retrain.main([*searched, "--image_size=7"])
     split = json.loads((tested.folder / "split.json").read_text())
     other = tmp_path / "other"
@@ -325,5 +319,7 @@ def test_other_labelled_images_are_tested_as_the_network_was_trained(
         retrain.main(where)
     with pytest.raises(SystemExit):
         options.parse(ChildOptions, [f"--test_folder={other}"], "", "")
+    with pytest.raises(UserError, match="--layers is 4 but the run"):  # not silently another network's figures
+        retrain.main([*where, "--layers=4"])
     grey = write_images(tmp_path / "grey", mode="L")
     assert retrain.main([*where[:3], f"--test_folder={grey}"]).figures["test_images"] == 36  # as three channels

@@ -221,3 +221,18 @@ def test_an_infinite_pixel_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(UserError, match=r"1 of 2 images cannot be read: c1/b\.tif"):
         decode(folder_of(tmp_path, {"a.tif": Image.fromarray(good), "b.tif": Image.fromarray(bad)}))
     assert "c1/b.tif: 1 of its pixels are infinite" in "".join(capsys.readouterr())
+
+
+def test_more_bits_than_in_training_are_refused_and_what_was_kept_is_used(tmp_path: Path) -> None:
+    """A network of 8-bit images cannot know what is white in others; for the same images nothing is decoded again."""
+    wide = folder_of(
+        tmp_path / "wide", {"a.png": Image.fromarray(ramp(4000, np.uint16)), "b.png": Image.fromarray(ramp(9))}
+    )
+    with pytest.raises(UserError, match=r"1 of 2 images cannot be read: c0/a\.png"):
+        images.decode(wide, None, 1.0, None, {})
+    kept = images.decode(wide, None, 1e-9, str(tmp_path / "cache"))
+    again = images.decode(wide, None, 1e-9, str(tmp_path / "cache"), kept.white)
+    other = images.decode(wide, None, 1e-9, str(tmp_path / "cache"), {"F": 1.0, "I": 8190.0})
+    assert torch.equal(again.pixels, kept.pixels) and not torch.equal(other.pixels, kept.pixels)
+    assert len([*(tmp_path / "cache").glob("*.npy")]) == 2
+    assert torch.equal(images.decode(wide, None, 1e-9, str(tmp_path / "cache")).pixels, kept.pixels)
