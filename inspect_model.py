@@ -1,20 +1,21 @@
 """Reload a search's checkpoint, print its state and the derived genotype, and draw both cells."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import options
 from options import UserError
-from options.default_option import TrainOptions
+from options.constraint_option import ConstraintOptions, DeployedOptions
 
 if TYPE_CHECKING:
     from genotypes import Genotype
+    from resources.cost import Deployed
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(DeployedOptions):
     """What to look at. Everything else comes from the checkpoint."""
 
     experiment: str = "search"
@@ -34,6 +35,7 @@ class InspectOptions:
 
     def check(self) -> None:
         """Raise UserError where a value is not allowed."""
+        super().check()
         if self.epoch != "last" and not self.epoch.isdigit():
             raise UserError(f"--epoch {self.epoch} is neither a number nor last")
 
@@ -62,13 +64,17 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
 
     folder = Path(opt.experiments_dir) / opt.experiment
     content = checkpoint.load(_checkpoint_path(folder, opt))
-    run = options.restore(TrainOptions, content["options"])
+    run = options.restore(ConstraintOptions, content["options"])  # those of main.py and more
+    wanted = {field.name: getattr(opt, field.name) for field in fields(DeployedOptions)}
+    run = replace(run, **{name: value for name, value in wanted.items() if value is not None})
     state = content["parts"]["network"]
     alphas = [state["alpha_normal"], state["alpha_reduce"]]
     genotype = genotypes.derive(alphas[0], alphas[1], run.space, opt.rule)
     info = DataInfo(**content["data"])
-    costs = Deployed.of(info, run.init_channels, run.layers).price(genotype)
-    _report(content, run, alphas, genotype, costs)
+    deployed = Deployed.planned(info, run)
+    costs = deployed.price(genotype)
+    _report(content, run, alphas, genotype)
+    _report_costs(deployed, costs, content["metrics"])
     files: list[Path] = []
     if opt.out is not None:
         if Path(opt.out).exists():
@@ -97,12 +103,9 @@ def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
     return checkpoint.path_of(folder, "weights", epoch)
 
 
-def _report(
-    content: dict[str, Any], run: TrainOptions, alphas: list[Any], genotype: "Genotype", costs: dict[str, int]
-) -> None:
+def _report(content: dict[str, Any], run: ConstraintOptions, alphas: list[Any], genotype: "Genotype") -> None:
     import sampling
     import search
-    from resources import cost
 
     info, row = content["data"], content["metrics"]
     height, width = info["image_size"]
@@ -127,8 +130,15 @@ def _report(
         for index, node in enumerate(nodes):
             edges = "  ".join(f"{op}:{source}" for op, source in node) or "no input: zeros"
             print(f"  {kind:6s} node {index}: {edges}")
+
+
+def _report_costs(deployed: "Deployed", costs: dict[str, int], row: dict[str, Any]) -> None:
+    from resources import cost
+
+    height, width = deployed.image_size
     print(
-        f"cost        the child at C = {run.init_channels}, {run.layers} cells: {costs['params']:,} parameters, "
+        f"cost        the child at C = {deployed.init_channels}, {deployed.layers} cells, {width}x{height}"
+        f"{', ImageNet stem' if deployed.stem == 'imagenet' else ''}: {costs['params']:,} parameters, "
         f"{costs['flops'] / 1e6:,.2f} Mflops (multiply-adds), "
         f"{costs['mac'] / 1e6:,.2f} M elements of memory access an image"
     )

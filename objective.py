@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sampling import Z
 
@@ -18,11 +19,14 @@ class Objective(nn.Module):
         """Logits (B, classes), targets (B,), the Z that the network ran -> the loss, further scalars."""
         return F.cross_entropy(logits.float(), targets), {}
 
+    def begin(self) -> None:
+        """Called before the first step of a search, but not where one goes on: its state has what was found then."""
+
     def after_step(self) -> None:
         """Called after every update."""
 
-    def after_epoch(self) -> None:
-        """Called after an epoch's training, before its evaluation; may change alpha."""
+    def after_epoch(self, optimizer: Optimizer) -> None:
+        """Called after an epoch's training, before its evaluation; may change alpha and what its optimizer keeps."""
 
     def report(self) -> dict[str, Any]:
         """Its columns of metrics.jsonl, at the end of an epoch."""

@@ -115,6 +115,8 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     utils.writable(Path(opt.visualizations_dir), "visualizations_dir")
     with open_run(opt, "weights", splits.read_split(Path(opt.split)).split if opt.split else None) as run:
         learner = make_learner(opt, run.data.info, make_objective)
+        if run.loaded is None:
+            learner.objective.begin()
         learner.network.to(run.device)
         learner.objective.to(run.device, torch.float32 if run.device.type == "mps" else None)  # Apple's lack float64
         run.restore(learner.parts())
@@ -145,7 +147,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
 def _one_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[str, Any]:
     start = time.perf_counter()
     row = _train_epoch(run, learner, epoch)
-    learner.objective.after_epoch()
+    learner.objective.after_epoch(learner.alpha_optimizer)
     row |= _evaluate_epoch(run, learner, epoch, row["temperature"])
     return row | learner.objective.report() | {"epoch_seconds": time.perf_counter() - start}
 

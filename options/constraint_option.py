@@ -12,7 +12,27 @@ LEVELS = {"mild": 0.8, "moderate": 0.55, "aggressive": 0.3}
 
 
 @dataclass(frozen=True)
-class ConstraintOptions(TrainOptions):
+class DeployedOptions:
+    """The child as it will be deployed, where it differs from that of the search."""
+
+    child_init_channels: PositiveInt | None = None
+    """C of the deployed child; default: that of the search."""
+    child_layers: PositiveInt | None = None
+    """Cells of the deployed child; default: those of the search."""
+    child_image_size: PositiveInt | None = None
+    """Side in pixels of the deployed child's images; default: that of the search."""
+    child_stem: Literal["cifar", "imagenet"] | None = None
+    """Stem of the deployed child, as in retrain.py: imagenet divides the size by 8 before the first cell.
+    Default: cifar, that of the search."""
+
+    def check(self) -> None:
+        """Raise UserError where a value is not allowed."""
+        if self.child_layers is not None and self.child_layers < 3:
+            raise UserError(f"--child_layers {self.child_layers}: a network has at least 3 cells, two of which reduce")
+
+
+@dataclass(frozen=True)
+class ConstraintOptions(DeployedOptions, TrainOptions):
     """A search whose child has to stay within a budget, or in which resources have a price."""
 
     name: str = "constrained"
@@ -28,13 +48,6 @@ class ConstraintOptions(TrainOptions):
     """Budget: milliseconds an image on this machine through onnxruntime, measured before the search and kept."""
     level: Literal["none", "mild", "moderate", "aggressive"] = "none"
     """Budget on --measure as a share of what the average architecture may cost: 80, 55 or 30 % above the fixed part."""
-    child_init_channels: PositiveInt | None = None
-    """C of the deployed child; default: that of the search."""
-    child_layers: PositiveInt | None = None
-    """Cells of the deployed child; default: those of the search."""
-    child_image_size: PositiveInt | None = None
-    """Side in pixels of the deployed child's images; default: that of the search."""
-
     measure: Literal["params", "flops", "mac", "latency_ms"] = "params"
     """What --level and --eta are about."""
     eta: NonNegativeFloat = 0.1
@@ -49,11 +62,20 @@ class ConstraintOptions(TrainOptions):
         given = {measure: getattr(self, f"target_{measure}") for measure in ("params", "flops", "mac", "latency_ms")}
         return {measure: value for measure, value in given.items() if value is not None}
 
+    def bounded(self) -> list[str]:
+        """The measures that have a budget."""
+        return [*self.targets(), *([self.measure] if self.level != "none" else [])]
+
+    def measures(self) -> list[str]:
+        """The measures that have a budget, or the one that has a price."""
+        return self.bounded() or [self.measure]
+
     def check(self) -> None:
-        super().check()
+        DeployedOptions.check(self)
+        TrainOptions.check(self)
+        if self.child_stem == "imagenet" and (self.child_init_channels or self.init_channels) < 2:
+            raise UserError("--child_stem imagenet begins with half of the channels, take --child_init_channels 2")
         if self.level != "none" and self.measure in self.targets():
             raise UserError(
                 f"--level {self.level} and --target_{self.measure} are two budgets for one measure; give one"
             )
-        if self.child_layers is not None and self.child_layers < 3:
-            raise UserError(f"--child_layers {self.child_layers}: a network has at least 3 cells, two of which reduce")

@@ -4,16 +4,14 @@ SNAS (Xie et al. 2019, section 2.4) adds eta E_Z[C(Z)] to the loss. C is linear 
 gradient in alpha is had in three ways, all with credit per edge.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from loading.batches import DataInfo
 from model_search import Network
@@ -23,23 +21,17 @@ from options.constraint_option import LEVELS, ConstraintOptions
 from options.default_option import TrainOptions
 from resources import cost, latency
 from resources.cost import Deployed, Table
+from resources.projection import Alphas, child_cost, project, rows
 from sampling import Z
-
-Alphas = Sequence[nn.Parameter]  # normal, reduce: each (E, O)
 
 GAIN = 4.0  # eta for an excess as large as what the average architecture costs
 USE = 0.95  # of a budget, where a child that exceeds it has to change
 RAMP = 0.5  # part of the run in which the budget falls to its value
 
 
-def _rows(z: Sequence[Tensor]) -> Tensor:
-    """Both cells' rows as a Table has them, (2 E, O); the mean over cells that drew their own."""
-    return torch.cat([draw.flatten(0, -3).mean(0) if draw.dim() > 2 else draw for draw in z])
-
-
 def expected(table: Table, alphas: Alphas) -> Tensor:
     """E[C] = fixed + sum_ek softmax(alpha_e)_k C_ek."""
-    return table.fixed + (F.softmax(_rows(alphas), -1) * table.costs).sum()
+    return table.fixed + (F.softmax(rows(alphas), -1) * table.costs).sum()
 
 
 def expectation(table: Table, alphas: Alphas, z: Z) -> Tensor:
@@ -52,7 +44,7 @@ def reparametrization(table: Table, alphas: Alphas, z: Z) -> Tensor:
 
     Its gradient is that of E[C] under the Concrete distribution, which tends to the exact one as T falls to 0.
     """
-    return table.fixed + (_rows(z) * table.costs).sum()
+    return table.fixed + (rows(z) * table.costs).sum()
 
 
 def policy_gradient(table: Table, alphas: Alphas, z: Z) -> Tensor:
@@ -62,8 +54,8 @@ def policy_gradient(table: Table, alphas: Alphas, z: Z) -> Tensor:
     sum_e (C_e(k) - b_e) grad log softmax(alpha_e)_k is an unbiased estimate, with the baseline b_e = E[C_e].
     """
     ops = table.costs.shape[-1]
-    chosen = _rows([F.one_hot(draw.detach().argmax(-1), ops).to(table.costs.dtype) for draw in z])  # (2 E, O)
-    log_p = F.log_softmax(_rows(alphas), -1)  # (2 E, O)
+    chosen = rows([F.one_hot(draw.detach().argmax(-1), ops).to(table.costs.dtype) for draw in z])  # (2 E, O)
+    log_p = F.log_softmax(rows(alphas), -1)  # (2 E, O)
     baseline = (log_p.detach().exp() * table.costs).sum(-1, keepdim=True)  # (2 E, 1)
     score = (chosen * (table.costs - baseline) * log_p).sum()
     return table.fixed + (chosen * table.costs).sum() + score - score.detach()
@@ -74,54 +66,6 @@ ESTIMATORS: Mapping[str, Callable[[Table, Alphas, Z], Tensor]] = {
     "reparametrization": reparametrization,
     "policy_gradient": policy_gradient,
 }
-
-
-def child_cost(table: Table, alphas: Alphas) -> Tensor:
-    """The cost of the child that alpha stands for: the argmax of every edge."""
-    return table.fixed + table.costs.gather(-1, _rows(alphas).argmax(-1, keepdim=True)).sum()
-
-
-@torch.no_grad()
-def project(alphas: Alphas, bounds: Sequence[tuple[Table, float]], least: float = 0.0) -> None:
-    """Change alpha as little as it takes for its child to be within all budgets: the likeliest one that is becomes it.
-
-    argmax_x sum_ek x_ek log p_ek subject to sum_ek x_ek C_ek <= B - fixed is an integer programme, solved exactly. On
-    every edge where it differs from the argmax the two logits are exchanged.
-
-    Args:
-        alphas: changed in place, and only if the child exceeds a budget.
-        bounds: (table, budget) pairs, each within the table's range.
-        least: the share of a single budget that the new child uses, if any architecture does.
-    """
-    if all(child_cost(table, alphas) <= budget for table, budget in bounds):
-        return
-    log_p = F.log_softmax(_rows(alphas), -1).cpu().double()  # (2 E, O)
-    edges, ops = log_p.shape
-    one_each = LinearConstraint(np.kron(np.eye(edges), np.ones(ops)), 1, 1)
-    for share in (least, 0.0) if least and len(bounds) == 1 else (0.0,):
-        rules = [one_each]
-        for table, budget in bounds:
-            costs = table.costs.cpu().double().flatten().numpy()[None] / budget
-            fixed = float(table.fixed) / budget
-            rules.append(LinearConstraint(costs, share - fixed if share else -np.inf, 1 - fixed))
-        found = milp(
-            -log_p.flatten().numpy(),
-            constraints=rules,
-            integrality=np.ones(edges * ops),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
-        )
-        if found.x is not None:
-            break
-    if found.x is None:
-        raise ValueError("no architecture is within all budgets")
-    chosen = torch.from_numpy(found.x).view(edges, ops).argmax(-1).to(alphas[0].device)
-    for alpha, best in zip(alphas, chosen.split([len(alpha) for alpha in alphas]), strict=True):
-        top = alpha.argmax(-1, keepdim=True)
-        wanted = best[:, None]
-        high, low = alpha.gather(-1, top), alpha.gather(-1, wanted)
-        high = torch.where((top != wanted) & (high == low), torch.nextafter(high, high + 1), high)  # a tie
-        alpha.scatter_(-1, top, low).scatter_(-1, wanted, high)
 
 
 class Constrained(Objective):
@@ -148,10 +92,11 @@ class Constrained(Objective):
         steps: of the whole run; budgets need them.
         estimator: a name of ESTIMATORS.
         logarithmic: the penalty's form.
+        measure: gives tables and budgets to take instead when the search begins, where they are not known before.
     """
 
     fixed: Tensor  # (M,), a row for every measure
-    costs: Tensor  # (M, 2 E, O)
+    costs: Tensor  # (M, 2 E, O) float64
     budgets: Tensor  # (M,), inf where there is none
     eta: Tensor  # (M,)
     step: Tensor  # ()
@@ -165,21 +110,31 @@ class Constrained(Objective):
         steps: int = 1,
         estimator: str = "expectation",
         logarithmic: bool = False,
+        measure: Callable[[], tuple[Mapping[str, Table], Mapping[str, float]]] | None = None,
     ) -> None:
         super().__init__()
         self.alphas, self.steps, self.measures = alphas, steps, list(tables)
         self.estimate, self.logarithmic = ESTIMATORS[estimator], logarithmic
         self.bounded = [measure in budgets for measure in tables]
         # eta = 0 without a budget is main.py, bit for bit
-        self.priced = [bounded or eta != 0.0 for bounded in self.bounded]
+        self.priced, self.measure = [bounded or eta != 0.0 for bounded in self.bounded], measure
         # Buffers, since measured latencies would not be the same when a run resumes
-        self.register_buffer("costs", torch.stack([table.costs for table in tables.values()]))
-        fixed, limits = [float(table.fixed) for table in tables.values()], [budgets.get(name, inf) for name in tables]
-        self.register_buffer("fixed", torch.tensor(fixed, dtype=torch.float64))
-        self.register_buffer("budgets", torch.tensor(limits, dtype=torch.float64))
+        for name in ("fixed", "costs", "budgets"):
+            self.register_buffer(name, None)
+        self._take(tables, budgets)
         self.register_buffer("eta", torch.tensor([0.0 if bounded else eta for bounded in self.bounded]))
         self.register_buffer("step", torch.zeros(()))
         self.register_load_state_dict_pre_hook(_from_tables)
+
+    def _take(self, tables: Mapping[str, Table], budgets: Mapping[str, float]) -> None:
+        self.fixed = torch.tensor([float(tables[name].fixed) for name in self.measures], dtype=torch.float64)
+        self.costs = torch.stack([tables[name].costs.double() for name in self.measures])
+        self.budgets = torch.tensor([budgets.get(name, inf) for name in self.measures], dtype=torch.float64)
+
+    def begin(self) -> None:
+        """Measure what has to be measured."""
+        if self.measure is not None:
+            self._take(*self.measure())
 
     def table(self, index: int) -> Table:
         """Of a measure."""
@@ -192,7 +147,8 @@ class Constrained(Objective):
             if priced:
                 table = self.table(index)
                 penalty = (self.estimate(table, self.alphas(), z) - table.fixed) / table.uniform()
-                loss = loss + self.eta[index] * (torch.log2(1 + penalty) if self.logarithmic else penalty)
+                price = self.eta[index] * (torch.log2(1 + penalty) if self.logarithmic else penalty)
+                loss = loss + price
         return loss, terms
 
     @torch.no_grad()
@@ -209,11 +165,11 @@ class Constrained(Objective):
                 self.eta[index] = (GAIN * (least - limit) / table.uniform()).clamp_min(0)
 
     @torch.no_grad()
-    def after_epoch(self) -> None:
+    def after_epoch(self, optimizer: Optimizer) -> None:
         """Project alpha onto the architectures within the budgets, after the first RAMP of the run."""
         bounds = [(self.table(i), self.budgets[i].item()) for i, bounded in enumerate(self.bounded) if bounded]
         if self.step.item() >= RAMP * self.steps:
-            project(self.alphas(), bounds, USE)
+            project(self.alphas(), bounds, USE, optimizer)
 
     @torch.no_grad()
     def report(self) -> dict[str, Any]:
@@ -259,38 +215,33 @@ def make_objective(network: Network, info: DataInfo, opt: TrainOptions) -> Const
         UserError: a budget that no architecture meets, or that all do.
     """
     assert isinstance(opt, ConstraintOptions)
-    tables = cost.tables(opt.space, opt.nodes, deployed(info, opt))
-    by_measure = opt.level != "none" or not opt.targets()  # --measure is about something
-    if opt.target_latency_ms is not None or (by_measure and opt.measure == "latency_ms"):
-        tables["latency_ms"] = _latencies(info, opt)
-    budgets = find_budgets(opt, tables)
-    measures = list(budgets) or [opt.measure]
-    steps = opt.epochs * info.steps(opt.batch_size)
+    counted, measures = cost.tables(opt.space, opt.nodes, Deployed.planned(info, opt)), opt.measures()
+    unknown = {"latency_ms": Table(0.0, torch.zeros_like(counted["mac"].costs))} if "latency_ms" in measures else {}
+
+    def measure() -> tuple[dict[str, Table], dict[str, float]]:
+        tables = counted | {"latency_ms": _latencies(info, opt)}
+        return tables, find_budgets(opt, tables)
+
+    tables = counted | unknown
     return Constrained(
         network.alphas,
         {measure: tables[measure] for measure in measures},
-        budgets,
+        dict.fromkeys(opt.bounded(), inf) if unknown else find_budgets(opt, tables),
         opt.eta,
-        steps,
+        opt.epochs * info.steps(opt.batch_size),
         opt.estimator,
         opt.penalty == "log",
+        measure if unknown else None,
     )
 
 
 def _latencies(info: DataInfo, opt: ConstraintOptions) -> Table:
     """Measured on this machine, or found in cache_dir; with a note where the sum over operations says too little."""
-    found = latency.find(opt.space, opt.nodes, deployed(info, opt), opt.cache_dir)
+    found = latency.find(opt.space, opt.nodes, Deployed.planned(info, opt), opt.cache_dir)
     print(f"latency  {found.summary()}")
     if found.correlation < 0.7:
         print("note: that is a poor prediction; measure again on a quiet machine (remove latency-*.json in cache_dir)")
-    return found.table(opt.space, opt.nodes, deployed(info, opt))
-
-
-def deployed(info: DataInfo, opt: ConstraintOptions) -> Deployed:
-    """The child's network, of which the budget speaks."""
-    child = Deployed.of(info, opt.child_init_channels or opt.init_channels, opt.child_layers or opt.layers)
-    size = opt.child_image_size
-    return replace(child, image_size=(size, size)) if size else child
+    return found.table(opt.space, opt.nodes, Deployed.planned(info, opt))
 
 
 def find_budgets(opt: ConstraintOptions, tables: dict[str, Table]) -> dict[str, float]:
@@ -304,7 +255,7 @@ def find_budgets(opt: ConstraintOptions, tables: dict[str, Table]) -> dict[str, 
                 f"--target_{measure} {cost.show(budget)} is {what} architecture of this size; children here have "
                 f"{cost.show(low)} to {cost.show(high)}, "
                 f"{cost.show(float(tables[measure].fixed + tables[measure].uniform()))} on average; "
-                "--child_init_channels and --child_layers change that"
+                "--child_init_channels, --child_layers and --child_stem change that"
             )
     if opt.level != "none":
         table = tables[opt.measure]

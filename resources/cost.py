@@ -9,7 +9,7 @@ Tests hold the formulas against counting a network that is built.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from genotypes import SPACES, CellPlan, Genotype, cell_plan, edge_list, find_op
 from loading.batches import DataInfo
+from options.constraint_option import ConstraintOptions
 
 Size = tuple[int, int]  # H, W
 Pairs = Sequence[tuple[str, int]]  # (op, source state)
@@ -141,6 +142,13 @@ class Deployed:
         height, width = info.image_size
         return cls(init_channels, layers, (height, width), len(info.classes), info.channels, stem, affine)
 
+    @classmethod
+    def planned(cls, info: DataInfo, opt: ConstraintOptions) -> "Deployed":
+        """The child of a search as it will be deployed."""
+        channels, layers = opt.child_init_channels or opt.init_channels, opt.child_layers or opt.layers
+        child, size = cls.of(info, channels, layers, opt.child_stem or "cifar"), opt.child_image_size
+        return replace(child, image_size=(size, size)) if size else child
+
     def price(self, genotype: Genotype) -> dict[str, int]:
         """params, flops and mac of the network of a genotype, without auxiliary head."""
         return self.total(*pairs(genotype))._asdict()
@@ -237,7 +245,7 @@ class Table:
     """The cost of every choice in one measure: that of an architecture Z is fixed + sum Z * costs."""
 
     fixed: float | Tensor
-    costs: Tensor  # (2 E, O) float32: each edge of the normal cells, over all of them, then of the reduction cells
+    costs: Tensor  # (2 E, O) float64: each edge of the normal cells, over all of them, then of the reduction cells
 
     def range(self) -> tuple[float, float]:
         """The cheapest and the dearest architecture."""
@@ -256,7 +264,7 @@ def table(space: str, nodes: int, deployed: Deployed, fixed: float, price: Calla
         price: what an operation costs at a place.
     """
     concat, every, _ = every_pair(space, nodes)
-    costs = torch.zeros(2, len(every))
+    costs = torch.zeros(2, len(every), dtype=torch.float64)
     for place, reduction, index in deployed.walk(concat, every, every):
         costs[int(reduction), index] += price(place)
     return Table(fixed, costs.view(-1, len(SPACES[space])))

@@ -23,7 +23,7 @@ ROWS = [
 WINGS = {
     "fused": ["plain", "build", "operation", "choice"],
     "loading": ["pixels", "images", "splits", "augmentation", "batches"],
-    "resources": ["cost", "latency", "budget"],
+    "resources": ["cost", "latency", "projection", "budget"],
     "training": ["checkpoint", "evaluation", "run", "loop"],
     "child": ["source", "program", "retraining", "export"],
 }

@@ -8,6 +8,7 @@ import torch
 import inspect_model
 import main
 import main_constraint
+from options import UserError
 from resources import cost
 from training import checkpoint
 
@@ -56,6 +57,33 @@ def test_a_budget_is_logged_kept_and_shown(
         [f"--experiments_dir={tmp_path}/experiments", f"--visualizations_dir={tmp_path}/v", "--experiment=run"]
     )
     assert "budget 3,000" in capsys.readouterr().out
+
+
+def test_a_budget_is_for_the_stem_that_is_deployed(arguments: list[str], tmp_path: Path) -> None:
+    """The ImageNet stem has parameters of its own, and divides the size by 8 before the first cell."""
+    deployed = ["--child_stem=imagenet", "--child_init_channels=6", "--child_image_size=64"]
+    found = main_constraint.main([*arguments, *deployed, "--epochs=1", "--eta=0", "--measure=flops"])
+    how = {"init_channels": 6, "layers": 3, "image_size": 64, "num_classes": 3, "stem": "imagenet"}
+    priced = cost.cost(found.genotype, **how)
+    assert found.metrics["child_flops"] == priced["flops"]
+    places = [f"--experiments_dir={tmp_path}/experiments", "--visualize=False"]
+    assert inspect_model.main([*places, "--experiment=run"]).params == priced["params"]
+    plain = main.main([*arguments, "--epochs=1", "--name=plain"])
+    seen = inspect_model.main([*places, "--experiment=plain", *deployed])
+    assert (
+        seen.flops
+        == cost.cost(plain.genotype, **how)["flops"]
+        != inspect_model.main([*places, "--experiment=plain"]).flops
+    )
+
+
+def test_a_run_goes_on_with_the_script_that_began_it(arguments: list[str]) -> None:
+    """The other one would forget the budget, or find none."""
+    main_constraint.main([*arguments, "--target_params=3000", "--epochs=1"])
+    main.main([*arguments, "--epochs=1", "--name=plain"])
+    for other, name in ((main.main, "run"), (main_constraint.main, "plain")):
+        with pytest.raises(UserError, match="is of another script"):
+            other([*arguments, "--epochs=1", f"--name={name}", "--resume=True"])
 
 
 def test_the_multiplier_resumes_where_it_was(arguments: list[str]) -> None:

@@ -104,8 +104,18 @@ class Run(Generic[Options]):
         return checkpoint.path_of(self.folder, self.stem, self.epoch) if self.epoch else "none yet"
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
-        """Put the loaded checkpoint, if any, into everything that learns."""
+        """Put the loaded checkpoint, if any, into everything that learns.
+
+        Raises:
+            UserError: it has other parts: main.py would forget the budget of main_constraint.py.
+        """
         if self.loaded is not None:
+            other = self.loaded["parts"].keys() ^ parts.keys()
+            if other:
+                raise UserError(
+                    f"the run in {self.folder} is of another script (its {min(other)} says so); "
+                    f"its own is named in {self.folder}/options.yaml"
+                )
             for name, part in parts.items():
                 part.load_state_dict(self.loaded["parts"][name])
 

@@ -10,8 +10,8 @@ import genotypes
 import main_constraint
 from options import UserError
 from resources import cost, latency
-from resources.budget import child_cost
 from resources.latency import Latencies
+from resources.projection import child_cost
 
 DEPLOYED = cost.Deployed(4, 3, (8, 8), 3)
 
@@ -71,7 +71,7 @@ def test_measuring_finds_larger_operations_slower_and_is_kept(
 def test_a_search_within_a_latency(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Resuming takes the table of the checkpoint, whatever is measured by then."""
+    """Resuming takes the table of the checkpoint: nothing is measured, which could refuse the budget."""
     monkeypatch.setattr(latency, "find", lambda *_: made_up())
     budget = ["--target_latency_ms=2.5", "--save_freq=1", "--nodes=4"]
     found = main_constraint.main([*arguments, *budget])
@@ -79,10 +79,12 @@ def test_a_search_within_a_latency(
     assert rows[-1]["budget_latency_ms"] == 2.5 and 1.0 <= rows[-1]["child_latency_ms"] <= 2.5
     assert "correlation 1.000" in capsys.readouterr().out
     (found.folder / "weights_epoch_2.pt").unlink()
-    monkeypatch.setattr(latency, "find", lambda *_: made_up(fixed=1.2))
-    main_constraint.main([*arguments, *budget, "--resume=True"])
+    with monkeypatch.context() as later:
+        later.setattr(latency, "find", lambda *_: pytest.fail("measured again"))
+        main_constraint.main([*arguments, *budget, "--resume=True"])
     again = [json.loads(line) for line in (found.folder / "metrics.jsonl").read_text().splitlines()]
     assert again[-1]["child_latency_ms"] == rows[-1]["child_latency_ms"]
+    monkeypatch.setattr(latency, "find", lambda *_: made_up(fixed=1.2))
     with pytest.raises(UserError, match=r"--target_latency_ms 0\.5 is below the cheapest .* 1\.2 to "):
         main_constraint.main([*arguments, "--target_latency_ms=0.5", "--name=other", "--nodes=4"])
 
