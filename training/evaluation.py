@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loading.batches import Batches
-from operations import batch_norms
+from operations import Norm, batch_norms
 
 Forward = Callable[[Tensor], Tensor]  # images -> logits (B, classes)
 
@@ -73,24 +73,40 @@ def evaluate(forward: Forward, batches: Batches) -> Figures:
 
 @_evaluating()
 def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> None:
-    """Set every batch norm of `module` to the mean over batches of each batch's mean and variance.
+    """Set every batch norm of `module` to the mean and variance of what it sees in all batches together.
+
+    The variance of all is the mean of the batches' variances plus the variance of their means. (Each batch is
+    normalised by its own, as in training.)
 
     Args:
         module: left in eval mode; drop path and dropout do not act.
         forward: images -> anything, running the module.
-        batches: of equal sizes.
+        batches: of any sizes.
     """
     module.eval()
     try:
         with batch_norms(module) as norms:
             for norm in norms:
                 norm.train()
-            for count, (images, _) in enumerate(batches, 1):
-                for norm in norms:
-                    norm.momentum = 1 / count  # running = mean of the batches so far
+                norm.momentum = 1.0  # running = the batch's
+            seen, so_far = 0, [(torch.zeros(()), torch.zeros(()))] * len(norms)
+            for images, _ in batches:
                 forward(images)
+                seen += len(images)
+                so_far = [_merged(norm, *both, len(images) / seen) for norm, both in zip(norms, so_far, strict=True)]
+            for norm, (mean, var) in zip(norms, so_far, strict=True) if seen else ():
+                norm.load_state_dict({"running_mean": mean, "running_var": var}, strict=False)
     finally:
         module.eval()
+
+
+def _merged(norm: Norm, mean: Tensor, var: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) with those of the norm's last batch, which is this share of all images so far."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    if share == 1:
+        return norm.running_mean.clone(), norm.running_var.clone()
+    away = norm.running_mean - mean
+    return mean + share * away, var + share * (norm.running_var - var) + share * (1 - share) * away**2
 
 
 @contextmanager
