@@ -33,7 +33,7 @@ class DataInfo:
     mean: list[float]  # per channel, of the training split, pixels in 0..1
     std: list[float]
     counts: dict[str, list[int]]  # images per class of each split
-    white: dict[str, float] = field(default_factory=dict)  # values of white pixels, see images.Decoded
+    white: dict[str, float] = field(default_factory=dict)  # values of white pixels, see kept.Decoded
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers; DataInfo(**d) is the way back."""
@@ -53,15 +53,16 @@ class ImageSet:
     classes: list[str]
     names: list[str]  # unique names: relative paths, or numbers for named data sets
     official_test: int = 0  # the last ones, where the data set brings its own test set
-    white: dict[str, float] = field(default_factory=dict)  # see images.Decoded
+    white: dict[str, float] = field(default_factory=dict)  # see kept.Decoded
     notes: list[str] = field(default_factory=list)  # what there is to say, such as what was left out
 
 
 def _folder(opt: DataOptions, white: dict[str, float] | None = None) -> ImageSet:
     folder = images.scan(Path(opt.dataset), LOADERS)
-    pixels, white = images.decode(folder, opt.image_size, opt.max_ram_gb, opt.cache_dir, white)
-    notes = [f"left out of {folder.root}: {folder.left_out}"] if folder.left_out else []
-    return ImageSet(pixels, torch.tensor(folder.labels), folder.classes, folder.files, notes=notes, white=white)
+    found = images.decode(folder, opt.image_size, opt.max_ram_gb, opt.cache_dir, white, opt.max_cache_gb)
+    notes = [*found.notes, *([f"left out of {folder.root}: {folder.left_out}"] if folder.left_out else [])]
+    labels = torch.tensor(folder.labels)
+    return ImageSet(found.pixels, labels, folder.classes, folder.files, notes=notes, white=found.white)
 
 
 def _torchvision(kind: str, opt: DataOptions) -> ImageSet:
@@ -132,6 +133,7 @@ class Data:
         train_on_valid: train on the validation split too.
         carry: another run's split, to be used if it is of this data; other data gets a split of its own.
         like: of the data that a network was trained on, whose mean, deviation and white are taken.
+        pool: the images, if they are loaded already.
     Raises:
         UserError: for whatever is wrong with the folder, its images or its split.
     """
@@ -143,8 +145,9 @@ class Data:
         train_on_valid: bool = False,
         carry: Stored | None = None,
         like: DataInfo | None = None,
+        pool: ImageSet | None = None,
     ) -> None:
-        pool = load(opt, like)
+        pool = pool or load(opt, like)
         self.notes = pool.notes  # what there is to say about it
         if split is not None:
             split = self._names_now(split, pool, opt)
@@ -153,45 +156,48 @@ class Data:
             split, notes = splits.fit_split(old, pool.names, pool.labels, pool.classes)
             self.notes += notes
         self.split = split or splits.make_split(pool.names, pool.labels, pool.classes, opt, pool.official_test)
-        index = {name: i for i, name in enumerate(pool.names)}
-        named = [name for names in self.split.values() for name in names]
-        lost = [name for name in named if name not in index]
-        if len(named) < len(index):
-            self.notes.append(f"{len(index) - len(named):,} images here are not in the split, and left out")
-        if lost:
-            raise UserError(
-                f"--dataset {opt.dataset}: {len(lost)} images of the split are gone, e.g. {lost[0]}; "
-                "use the data that was split"
-            )
-        indices = {
-            name: torch.tensor([index[n] for n in names], dtype=torch.int64) for name, names in self.split.items()
-        }
+        self.pixels, self.labels, self.indices = pool.pixels, pool.labels, self._indices(pool, opt)
         if train_on_valid:
-            indices["train"] = torch.cat([indices["train"], indices["valid"]])
-        self._set(opt, pool, indices, like)
-        totals = [sum(column) for column in zip(*self.info.counts.values(), strict=True)]
-        if 0 in totals:
-            name = pool.classes[totals.index(0)]
-            raise UserError(f"--dataset {opt.dataset}: the split has no image of {name!r}: it is of other classes")
-        if like is None and max(self.info.std) <= 1 / 255:
-            raise UserError(f"--dataset {opt.dataset}: all training images are of one and the same colour")
-
-    def _set(self, opt: DataOptions, pool: ImageSet, indices: dict[str, Tensor], like: DataInfo | None) -> None:
-        self.pixels, self.labels, self.indices = pool.pixels, pool.labels, indices
-        mean, std = (like.mean, like.std) if like else _mean_and_std(pool.pixels, indices["train"])
+            self.indices["train"] = torch.cat([self.indices["train"], self.indices["valid"]])
+        mean, std = (like.mean, like.std) if like else _mean_and_std(pool.pixels, self.indices["train"])
         counts = {
             name: torch.bincount(pool.labels[part], minlength=len(pool.classes)).tolist()
-            for name, part in indices.items()
+            for name, part in self.indices.items()
         }
         size = list(pool.pixels.shape[2:])
         self.info = DataInfo(pool.classes, pool.pixels.shape[1], size, mean, std, counts, pool.white)
         self._balance, self._seed = opt.balance, opt.seed
         self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        cutout = opt.cutout_length if opt.cutout else 0
-        if like is None and cutout**2 > size[0] * size[1] / 2:
-            self.notes.append(f"--cutout_length {cutout} blanks most of images of {size[1]}x{size[0]}")
         fill = tuple(round(255 * value) for value in mean)  # the reference fills after normalisation
-        self._augmentation = Augmentation(opt.crop_padding, opt.flip, cutout, fill)
+        self._augmentation = Augmentation(opt.crop_padding, opt.flip, opt.cutout_length if opt.cutout else 0, fill)
+        if like is None:
+            self._check_training(opt)
+
+    def _indices(self, pool: ImageSet, opt: DataOptions) -> dict[str, Tensor]:
+        """Where the images of each split are."""
+        index = {name: i for i, name in enumerate(pool.names)}
+        named = [name for names in self.split.values() for name in names]
+        lost = [name for name in named if name not in index]
+        if lost:
+            raise UserError(
+                f"--dataset {opt.dataset}: {len(lost)} images of the split are gone, e.g. {lost[0]}; "
+                "use the data that was split"
+            )
+        if len(named) < len(index):
+            self.notes.append(f"{len(index) - len(named):,} images here are not in the split, and left out")
+        return {name: torch.tensor([index[n] for n in names], dtype=torch.int64) for name, names in self.split.items()}
+
+    def _check_training(self, opt: DataOptions) -> None:
+        """Refuse what nothing can be learned from."""
+        totals = [sum(column) for column in zip(*self.info.counts.values(), strict=True)]
+        if 0 in totals:
+            name = self.info.classes[totals.index(0)]
+            raise UserError(f"--dataset {opt.dataset}: the split has no image of {name!r}: it is of other classes")
+        if max(self.info.std) <= 1 / 255:
+            raise UserError(f"--dataset {opt.dataset}: all training images are of one and the same colour")
+        height, width = self.info.image_size
+        if opt.cutout and opt.cutout_length**2 > height * width / 2:
+            self.notes.append(f"--cutout_length {opt.cutout_length} blanks most of images of {width}x{height}")
 
     @classmethod
     def to_test(cls, opt: DataOptions, like: DataInfo) -> "Data":
@@ -204,12 +210,8 @@ class Data:
                 f"they know {', '.join(like.classes)}"
             )
         place = torch.tensor([like.classes.index(name) for name in pool.classes])
-        data = cls.__new__(cls)
-        data.notes, data.split = pool.notes, {"train": [], "valid": [], "test": pool.names}
-        none = torch.zeros(0, dtype=torch.int64)
-        every = {"train": none, "valid": none, "test": torch.arange(len(pool.names))}
-        data._set(opt, replace(pool, labels=place[pool.labels], classes=like.classes), every, like)
-        return data
+        split: Split = {"train": [], "valid": [], "test": pool.names}
+        return cls(opt, split, like=like, pool=replace(pool, labels=place[pool.labels], classes=like.classes))
 
     @staticmethod
     def _names_now(split: Split, pool: ImageSet, opt: DataOptions) -> Split:

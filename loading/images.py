@@ -1,6 +1,6 @@
 """A folder of images, one subfolder per class, decoded once into a uint8 tensor (N, C, H, W)."""
 
-import json
+import math
 import os
 import time
 from collections import Counter
@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from loading import pixels
+from loading import kept, pixels
+from loading.kept import Decoded
 from options import UserError
 
 _NEEDS_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but cannot read alone
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-_FORMAT = 1  # of the kept arrays; to be raised when decoding changes
+_FORMAT = 2  # of the kept arrays; to be raised when decoding changes
 _LONG = 3.0  # seconds of decoding that are worth keeping
+_DARK = 4.0  # times the brightness of half of the images, from which on the brightest is told
 
 
 class ImageFolder(NamedTuple):
@@ -119,20 +120,21 @@ def _files(folder: str, prefix: str, others: Counter[str], above: tuple[str, ...
                 others[ending or "file without an ending"] += 1
 
 
+class _Values(NamedTuple):
+    """What the numbers of an image with more than 8 bits are like."""
+
+    top: float  # the largest
+    below: bool  # whether some are negative
+    lacking: bool  # whether some are no number
+
+
 class _Read(NamedTuple):
     """An image as it was read."""
 
     size: tuple[int, int]  # H, W as shown, before resizing
     mode: str
-    top: float  # largest value of an image with more than 8 bits, else 0
+    values: _Values | None  # of an image with more than 8 bits, if it is not known what is white
     pixels: np.ndarray[Any, Any] | None  # uint8 (H, W) or (H, W, 3), resized; None if not decoded yet
-
-
-class Decoded(NamedTuple):
-    """Every image of a folder, and the values of white pixels of integers (I) and floats (F) of more than 8 bits."""
-
-    pixels: Tensor  # uint8 (N, C, H, W)
-    white: dict[str, float]  # empty if no image has more than 8 bits
 
 
 def decode(
@@ -141,6 +143,7 @@ def decode(
     max_ram_gb: float,
     cache_dir: str | None = None,
     white: dict[str, float] | None = None,
+    max_cache_gb: float = math.inf,
 ) -> Decoded:
     """Every image of the folder, C = 1 if all are grey and 3 otherwise.
 
@@ -156,52 +159,79 @@ def decode(
         image_size: side to resize (shorter side) and crop (centre) to; None keeps the size, if there is one.
         max_ram_gb: limit of the memory used.
         white: what is white in images that others have to be like.
+        max_cache_gb: limit of what is kept; files that were not used for longest go first.
     Raises:
         UserError: unreadable files, or several sizes and no image_size.
     """
     path = _kept(folder, image_size, cache_dir)
-    known = _load(path, folder)
+    known = kept.load(path)
     if known is not None and white not in (None, known.white):  # kept for another white
         path = _kept(folder, image_size, cache_dir, white)
-        known = _load(path, folder)
+        known = kept.load(path)
     if known is not None:
         return known
     start = time.perf_counter()
     images = _read_all(folder, image_size, max_ram_gb * 1e9, white)
+    notes: list[str] = []
     if white is None:
-        white = _white(images)
+        white, notes = _white(images), _odd_values(images, folder)
     else:
         path = _kept(folder, image_size, cache_dir, white)
     channels = 1 if all(image.mode in pixels.GREY for image in images) else 3
     shape = (len(images), channels, *_one_size(folder, images, image_size))
     if np.prod(shape) > max_ram_gb * 1e9:
-        utils.write_atomic(path.with_suffix(".white.json"), json.dumps(white))
-        with utils.replacing(path) as temporary:
-            mapped = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            _reserve(temporary)
-            _fill(mapped, images, folder, image_size, white)
-            mapped.flush()
-        return Decoded(_map(path), white)
+        found = kept.fill(path, shape, white, notes, lambda array: _fill(array, images, folder, image_size, white))
+        _trim(path, max_cache_gb)
+        return found
     array = np.empty(shape, np.uint8)
     _fill(array, images, folder, image_size, white)
+    found = Decoded(torch.from_numpy(array), white, notes)
     if time.perf_counter() - start > _LONG:
-        _keep(path, array, white)
-    return Decoded(torch.from_numpy(array), white)
+        try:
+            kept.keep(path, *found)
+        except OSError as error:
+            print(f"warning: the decoded images cannot be kept in {path.parent}: {error.strerror}")
+        else:
+            print(f"images   kept decoded in {path} ({array.nbytes / 1e6:,.0f} MB) for the next run")
+            _trim(path, max_cache_gb)
+    return found
 
 
-def _reserve(path: Path) -> None:
-    """Take the space of a file that is mapped: a disk that is full later would end the process without a word."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+def _trim(path: Path, most: float) -> None:
+    if removed := kept.trim(path, most * 1e9):
+        print(f"images   {removed} older files of decoded images removed from {path.parent} (--max_cache_gb {most:g})")
 
 
 def _white(images: list[_Read]) -> dict[str, float]:
     """The values of white pixels in the whole folder."""
-    wide = [image for image in images if image.mode in pixels.WIDE]
-    floats = max((image.top for image in wide if image.mode == "F"), default=0.0)
-    integers = max((image.top for image in wide if image.mode != "F"), default=0.0)
+    wide = [(image.mode, image.values.top) for image in images if image.values]
+    floats = max((top for mode, top in wide if mode == "F"), default=0.0)
+    integers = max((top for mode, top in wide if mode != "F"), default=0.0)
     return {"F": floats or 1.0, "I": max(255.0, 2.0 ** int(integers).bit_length() - 1)} if wide else {}
+
+
+def _odd_values(images: list[_Read], folder: ImageFolder) -> list[str]:
+    """What there is to say about numbers of more than 8 bits: those that become black, those that make others dark."""
+    wide = [
+        (image.mode == "F", image.values, name)
+        for image, name in zip(images, folder.files, strict=True)
+        if image.values
+    ]
+    notes = []
+    for field, words in (("below", "below zero"), ("lacking", "that are no numbers")):
+        names = [name for _, values, name in wide if getattr(values, field)]
+        if names:
+            notes.append(
+                f"{len(names):,} of {len(images):,} images have pixels {words}, which become black, e.g. {names[0]}"
+            )
+    for kind in (True, False):
+        tops = sorted((values.top, name) for floats, values, name in wide if floats is kind)
+        if tops and tops[-1][0] > _DARK * max(1e-30, median := tops[len(tops) // 2][0]):
+            notes.append(
+                f"{tops[-1][1]} has pixels of {tops[-1][0]:.6g}, which set what is white, and half of the images stay "
+                f"below {median:.6g}: they will be dark; remove it if it is wrong"
+            )
+    return notes
 
 
 def _kept(folder: ImageFolder, image_size: int | None, cache_dir: str | None, *more: object) -> Path:
@@ -218,11 +248,11 @@ def _read_all(
 ) -> list[_Read]:
     """Every image, the first ones with their pixels, `most` bytes of them in all."""
     images: list[_Read] = []
-    kept = 0
+    held = 0
     for image in _each(lambda name: _read(folder.root / name, image_size, white), folder, folder.files):
         if image is not None:
-            kept += image.pixels.nbytes if image.pixels is not None else 0
-            images.append(image if kept <= most else image._replace(pixels=None))
+            held += image.pixels.nbytes if image.pixels is not None else 0
+            images.append(image if held <= most else image._replace(pixels=None))
     return images
 
 
@@ -237,33 +267,6 @@ def _one_size(folder: ImageFolder, images: list[_Read], image_size: int | None) 
             f"{large[1]}x{large[0]}; give one side with --image_size, e.g. --image_size {min(small)}"
         )
     return sizes.pop()
-
-
-def _load(path: Path, folder: ImageFolder) -> Decoded | None:
-    """What was kept, if it was and it is known what was white."""
-    if not path.exists():
-        return None
-    try:
-        return Decoded(_map(path), json.loads(path.with_suffix(".white.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:  # of an earlier version: good if there is nothing to know
-        with Image.open(folder.root / folder.files[0]) as first:
-            return None if first.mode in pixels.WIDE else Decoded(_map(path), {})
-
-
-def _map(path: Path) -> Tensor:
-    # "c": copy on write, so that torch gets a writable array and the file stays as it is
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
-
-
-def _keep(path: Path, array: pixels.Pixels, white: Mapping[str, float]) -> None:
-    try:
-        utils.write_atomic(path.with_suffix(".white.json"), json.dumps(white))
-        with utils.replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, array)
-    except OSError as error:
-        print(f"warning: the decoded images cannot be kept in {path.parent}: {error.strerror}")
-        return
-    print(f"images   kept decoded in {path} ({array.nbytes / 1e6:,.0f} MB) for the next run")
 
 
 def _fill(
@@ -318,6 +321,8 @@ def _read(path: Path, image_size: int | None, white: Mapping[str, float] | None 
         image, mode = pixels.upright(opened), opened.mode
         (width, height), size = image.size, (image_size, image_size) if image_size else None
         if mode in pixels.WIDE and white is None:
-            return _Read((height, width), mode, float(pixels.values_of(image).max()), None)
-        kept = pixels.pixels_of(image, "L" if mode in pixels.GREY else "RGB", size, white or {})
-        return _Read((height, width), mode, 0.0, kept)
+            raw, values = np.asarray(image), pixels.values_of(image)
+            about = _Values(float(values.max()), bool(values.min() < 0), bool(np.isnan(raw).any()))
+            return _Read((height, width), mode, about, None)
+        ready = pixels.pixels_of(image, "L" if mode in pixels.GREY else "RGB", size, white or {})
+        return _Read((height, width), mode, None, ready)

@@ -44,6 +44,8 @@ class DataOptions:
     cache_dir: str | None = None
     """Where decoded images are kept that are larger than that or took long to decode; later runs start from them.
     Default: the user's folder for caches, ~/.cache/snas on Linux."""
+    max_cache_gb: PositiveFloat = 20.0
+    """Of the decoded images kept there, those that were not used for longest are removed beyond this."""
     seed: NonNegativeInt = 0
     """Seed of every random number: weights, splits, batches, augmentation, Z."""
 

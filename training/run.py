@@ -39,6 +39,7 @@ FREE = {
     "recompute",
     "max_ram_gb",
     "cache_dir",
+    "max_cache_gb",
 }
 # What a start that never reached a checkpoint leaves behind; it may be written over.
 _LEFTOVERS = ("options.yaml", "split.json", "metrics.jsonl", "events.out.tfevents.*", ".*.tmp", ".lock", ".writer")

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -136,9 +137,9 @@ def test_large_folders_are_mapped_and_the_file_is_used_again(tmp_path: Path, mon
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".json", ".npy"]
     monkeypatch.setattr(images, "_read", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(decode(folder, ram=1e-9, cache=tmp_path / "cache"), in_memory)
-    next((tmp_path / "cache").glob("*.json")).unlink()  # as earlier versions left it
-    assert torch.equal(decode(folder, ram=1e-9, cache=tmp_path / "cache"), in_memory)
     monkeypatch.undo()
+    next((tmp_path / "cache").glob("*.json")).write_text("{")  # damaged
+    assert torch.equal(decode(folder, ram=1e-9, cache=tmp_path / "cache"), in_memory)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(folder.root / folder.files[0])  # a changed image is not served from before
     assert decode(folder, ram=1e-9, cache=tmp_path / "cache")[0, :, 0, 0].tolist() == [1, 2, 3]
 
@@ -209,7 +210,7 @@ def test_the_white_level_is_kept_with_the_pixels(tmp_path: Path) -> None:
     first = images.decode(folder, None, 1e-9, str(tmp_path / "cache"))
     again = images.decode(folder, None, 1e-9, str(tmp_path / "cache"))
     assert first.white == again.white == {"F": 1.0, "I": 4095.0} and torch.equal(first.pixels, again.pixels)
-    next((tmp_path / "cache").glob("*.json")).unlink()  # what an earlier version kept does not say what was white
+    next((tmp_path / "cache").glob("*.json")).unlink()  # what was white is read again
     assert images.decode(folder, None, 1e-9, str(tmp_path / "cache")).white == first.white
     given = images.decode(folder, None, 1.0, None, {"F": 1.0, "I": 8190.0})
     assert given.white["I"] == 8190 and given.pixels[0].max() == 125  # 255 * 4000 / 8190
@@ -236,3 +237,39 @@ def test_more_bits_than_in_training_are_refused_and_what_was_kept_is_used(tmp_pa
     assert torch.equal(again.pixels, kept.pixels) and not torch.equal(other.pixels, kept.pixels)
     assert len([*(tmp_path / "cache").glob("*.npy")]) == 2
     assert torch.equal(images.decode(wide, None, 1e-9, str(tmp_path / "cache")).pixels, kept.pixels)
+
+
+def test_values_that_become_black_or_make_others_dark_are_told(tmp_path: Path) -> None:
+    counts = {f"{n}.tif": Image.fromarray(ramp(400 + n, np.float32)) for n in range(6)}
+    assert images.decode(folder_of(tmp_path / "good", counts), None, 1.0).notes == []
+    odd = [ramp(400, np.float32) for _ in range(3)]
+    odd[0][0, 0], odd[1][0, 0], odd[2][0, 0] = 9e6, -3.0, np.nan
+    folder = folder_of(tmp_path / "odd", counts | {f"z{n}.tif": Image.fromarray(a) for n, a in enumerate(odd)})
+    names = [next(name for name in folder.files if f"z{n}" in name) for n in range(3)]
+    dark = f"{names[0]} has pixels of 9e+06, which set what is white, and half of the images stay below 40"
+    for _ in range(2):  # decoded, and as it was kept
+        notes = images.decode(folder, None, 1e-9, str(tmp_path / "cache")).notes
+        assert notes[0] == f"1 of 9 images have pixels below zero, which become black, e.g. {names[1]}"
+        assert notes[1] == f"1 of 9 images have pixels that are no numbers, which become black, e.g. {names[2]}"
+        assert len(notes) == 3 and notes[2].startswith(dark)
+    hot = ramp(4000, np.uint16)
+    hot[0, 0] = 65535  # among 12 bits
+    wide = {f"{n}.png": Image.fromarray(ramp(4000, np.uint16)) for n in range(5)} | {"hot.png": Image.fromarray(hot)}
+    assert "hot.png has pixels of 65535" in images.decode(folder_of(tmp_path / "hot", wide), None, 1.0).notes[0]
+
+
+def test_what_is_kept_has_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, sets = tmp_path / "cache", [images.scan(write_images(tmp_path / f"d{n}")) for n in range(3)]
+    for folder in sets:
+        images.decode(folder, None, 1e-9, str(cache))
+    (cache / "mine.npy").write_bytes(b"a file of the user's")
+    files = sorted(cache.glob("?" * 24 + ".npy"), key=lambda path: path.stat().st_mtime_ns)
+    for age, path in enumerate(reversed(files)):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    again = images.decode(sets[0], None, 1e-9, str(cache))  # used, so it stays
+    most = 2.5 * files[0].stat().st_size / 1e9
+    newest = images.decode(images.scan(write_images(tmp_path / "d3")), None, 1e-9, str(cache), None, most)
+    assert "2 older files of decoded images removed" in capsys.readouterr().out
+    left = {path.name for path in cache.glob("*.npy")}
+    assert len(left) == 3 and files[0].name in left and "mine.npy" in left
+    assert len([*cache.glob("*.json")]) == 2 and again.pixels.shape == newest.pixels.shape
