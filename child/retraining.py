@@ -129,6 +129,11 @@ def _check_test_images(run: Run[ChildOptions]) -> None:
         raise UserError("the split has no test images; give a --test_portion above 0")
 
 
+def _check_classes(opt: ChildOptions, data: Data, content: Mapping[str, Any]) -> None:
+    if data.info.classes != content["data"]["classes"]:
+        raise UserError(f"--dataset {opt.dataset} is of other classes than the weights")
+
+
 def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
     """The network before training: random, or with the weights of --init_from and statistics that suit them."""
     network = source.make_child(opt, genotype, run.data.info)
@@ -245,6 +250,7 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     if opt.init_from is not None and (content is None or content["options"]["init_from"] != opt.init_from):
         content = source.supernet_checkpoint(opt)
         data = Data(opt, _splits(opt)[0] or content["split"], like=DataInfo(**content["data"]))
+        _check_classes(opt, data, content)
         run = Run(opt, "child", folder, device, data)
         genotype = source.find_genotype(opt, data.info)
         network = _initial(run, opt, genotype)
@@ -256,13 +262,12 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
             data = Data.to_test(replace(opt, dataset=opt.test_folder), like)
         else:
             data = Data(opt, content["split"], opt.use_valid, like=like)
+        _check_classes(opt, data, content)
         run = Run(opt, "child", folder, device, data)
         network, genotype = source.load_child(content)
     for note in data.notes:
         print(f"note:    {note}")
     _check_test_images(run)
-    if data.info.classes != content["data"]["classes"]:
-        raise UserError(f"--dataset {opt.dataset} has other classes than the weights")
     result = _test(run, network.to(device), genotype)
     print(f"test     {_in_words(result)}")
     return Tested(folder, genotype, result)
