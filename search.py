@@ -51,6 +51,22 @@ class Learner:
         return {name: part for name, part in (parts | {"scheduler": self.scheduler}).items() if part.state_dict()}
 
 
+_PAPER = 58_500  # steps of the paper's search: 150 epochs of 25,000 images by 64
+_HIGHEST = 0.1  # learning rate of alpha that a short run is given
+
+
+def alpha_rate(opt: TrainOptions, steps: int) -> float:
+    """The learning rate of alpha in a run of so many steps.
+
+    Adam moves a logit by about its rate in a step. The paper's 3e-4 decides nothing in fewer steps than its own, so
+    that it grows with what is lacking; any other rate is taken as it is.
+    """
+    usual = TrainOptions.arch_learning_rate
+    if opt.arch_learning_rate != usual or steps >= _PAPER:
+        return opt.arch_learning_rate
+    return min(_HIGHEST, usual * _PAPER / steps)
+
+
 def make_learner(opt: TrainOptions, info: DataInfo, make_objective: MakeObjective) -> Learner:
     """The supernet, its objective, SGD for theta and Adam for alpha, seeded; on the CPU."""
     torch.manual_seed(utils.fold(opt.seed, "init"))
@@ -58,9 +74,8 @@ def make_learner(opt: TrainOptions, info: DataInfo, make_objective: MakeObjectiv
     theta = torch.optim.SGD(
         network.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
     )
-    alpha = torch.optim.Adam(
-        network.alphas(), opt.arch_learning_rate, opt.arch_betas, weight_decay=opt.arch_weight_decay, fused=True
-    )
+    rate = alpha_rate(opt, opt.epochs * info.steps(opt.batch_size))
+    alpha = torch.optim.Adam(network.alphas(), rate, opt.arch_betas, weight_decay=opt.arch_weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(theta, opt.epochs, opt.learning_rate_min)
     objective = make_objective(network, info, opt)
     return Learner(network, objective, theta, alpha, scheduler, opt.grad_clip, opt.arch_grad_clip)
@@ -122,6 +137,9 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
         run.restore(learner.parts())
         whole = cost.Deployed.of(run.data.info, opt.init_channels, opt.layers, affine=False)
         announce(run, cost.supernet_cost(opt.space, opt.nodes, whole))
+        rate = learner.alpha_optimizer.param_groups[0]["lr"]  # a run of before may go on with another
+        if rate != opt.arch_learning_rate:
+            print(f"note:    alpha's learning rate is {rate:.2g}: {opt.arch_learning_rate:g} is for {_PAPER:,} steps")
         if opt.compile:
             loop.compile_cells(learner.network.cells)
         row = loop.fit(

@@ -306,3 +306,19 @@ def test_a_search_that_decided_nothing_says_so(arguments: list[str], capsys: pyt
     found = main.main([*arguments, "--name=sure", "--arch_learning_rate=3", "--epochs=4"])
     printed = capsys.readouterr().out
     assert min(found.metrics["margin_normal"], found.metrics["margin_reduce"]) > 0.1 and "not decided" not in printed
+
+
+def test_the_papers_rate_of_alpha_grows_in_a_shorter_run(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual, given = TrainOptions(), TrainOptions(arch_learning_rate=0.02)
+    assert search.alpha_rate(usual, 58_500) == search.alpha_rate(usual, 10**6) == 3e-4
+    assert search.alpha_rate(usual, 5_850) == pytest.approx(3e-3) and search.alpha_rate(usual, 10) == 0.1
+    assert search.alpha_rate(given, 10) == 0.02
+    short = [argument for argument in arguments if "arch_learning_rate" not in argument]
+    found = main.main([*short, "--epochs=1"])
+    optimizer = checkpoint.load(found.folder / "weights_epoch_1.pt")["parts"]["alpha_optimizer"]
+    assert optimizer["param_groups"][0]["lr"] == 0.1
+    assert "alpha's learning rate is 0.1: 0.0003 is for 58,500 steps" in capsys.readouterr().out
+    main.main([*arguments, "--epochs=1", "--name=given"])
+    assert "alpha's learning rate" not in capsys.readouterr().out
