@@ -128,7 +128,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
         UserError: options, data or experiment cannot be used, or the loss became infinite.
     """
     utils.writable(Path(opt.visualizations_dir), "visualizations_dir")
-    with open_run(opt, "weights", splits.read_split(Path(opt.split)).split if opt.split else None) as run:
+    with open_run(opt, "weights", lambda: splits.Given(splits.given_split(opt))) as run:
         learner = make_learner(opt, run.data.info, make_objective)
         if run.loaded is None:
             learner.objective.begin()

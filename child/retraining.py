@@ -19,7 +19,7 @@ from child import source
 from genotypes import Genotype
 from loading import splits
 from loading.batches import Data, DataInfo
-from loading.splits import Split, Stored
+from loading.splits import Given, Stored
 from model import ChildNetwork
 from options import UserError
 from options.child_option import ChildOptions
@@ -78,9 +78,14 @@ def run_retrain(opt: ChildOptions) -> Tested:
     """
     if opt.eval_only:
         return _evaluate_only(opt)
-    split, carry = _splits(opt)
-    with open_run(opt, "child", split, opt.use_valid, carry) as run:
-        _check_test_images(run)
+    known: dict[str, Stored | None] = {}
+
+    def given() -> Given:
+        known.update(source.searches(opt))
+        return _given(opt, known)
+
+    with open_run(opt, "child", given, opt.use_valid) as run:
+        _check_test_images(run, known)
         stored = run.loaded and Genotype.from_dict(run.loaded["extra"]["genotype"])
         genotype = stored or source.find_genotype(opt, run.data.info)
         run.extra["genotype"] = genotype.to_dict()
@@ -99,34 +104,46 @@ def run_retrain(opt: ChildOptions) -> Tested:
         return Tested(run.folder, genotype, result)
 
 
-def _splits(opt: ChildOptions) -> tuple[Split | None, Stored | None]:
-    """The split of --split, which must be of this data; else that of the search that --genotype or --init_from names.
+def _given(opt: ChildOptions, known: Mapping[str, Stored | None]) -> Given:
+    """The split of --split; else that of the first search known, to be taken over as far as it is of these images.
 
+    Args:
+        known: the splits of searches, by name; None where it is not known.
     Raises:
         UserError: no such file, or test images that one of these searches trained or validated on.
     """
-    folders = [Path(opt.experiments_dir) / name for name in (opt.genotype, opt.init_from) if name]
-    if Path(opt.genotype).is_file():
-        folders.append(Path(opt.genotype).parent)
-    searches = [folder / "split.json" for folder in folders if (folder / "split.json").is_file()]
-    known = {path: splits.read_split(path) for path in searches}
-    given = splits.read_split(Path(opt.split)).split if opt.split else None
-    found = next(iter(known.values()), None)
-    split = given or (found and found.split)
-    for path, other in known.items():
-        if split and set(split["test"]) & {*other.split["train"], *other.split["valid"]}:
+    split = splits.given_split(opt)
+    found = next((stored for stored in known.values() if stored is not None), None)
+    tested = split or found
+    for name, stored in known.items():
+        if stored is None and split is None:
+            print(f"note:    no split of the search of {name} is here: it may have seen the test images drawn now")
+        elif stored is not None and tested is not None and opt.split != "new" and _seen(tested.split["test"], stored):
             raise UserError(
-                f"the test images of {opt.split or searches[0]} were trained or validated on by the search of {path}; "
-                "use searches of one split"
+                f"the test images of {opt.split or next(iter(known))} were trained or validated on by the search of "
+                f"{name}; use searches of one split"
             )
-    if Path(opt.genotype).is_file() and not searches and given is None:
-        print(f"note:    no split.json lies beside {opt.genotype}: its search may have seen the test images drawn now")
-    return given, None if given else found
+    return Given(split) if split or opt.split == "new" else Given(None, found)
 
 
-def _check_test_images(run: Run[ChildOptions]) -> None:
-    if not len(run.data.indices["test"]):
-        raise UserError("the split has no test images; give a --test_portion above 0")
+def _seen(names: Sequence[str], stored: Stored) -> int:
+    """How many of these images a search trained or validated on."""
+    known = {splits.same_name(name) for part in ("train", "valid") for name in stored.split[part]}
+    return sum(splits.same_name(name) in known for name in names)
+
+
+def _check_test_images(run: Run[ChildOptions], known: Mapping[str, Stored | None]) -> None:
+    """That there are some, and that no search has seen them: refused if it gives the weights, told if the cell."""
+    tested = run.data.split["test"]
+    if not tested:
+        raise UserError("the split has no test images; give --split new and a --test_portion above 0")
+    for name, stored in known.items():
+        seen = _seen(tested, stored) if stored is not None else 0
+        words = f"{seen:,} of the {len(tested):,} test images were trained or validated on by the search of {name}"
+        if seen and name == run.opt.init_from:
+            raise UserError(f"{words}, whose weights are taken; leave out --init_from, or use its split and its images")
+        if seen:
+            print(f"note:    {words}")
 
 
 def _check_classes(opt: ChildOptions, data: Data, content: Mapping[str, Any]) -> None:
@@ -247,28 +264,34 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     folder = Path(opt.experiments_dir) / opt.name
     newest = checkpoint.newest(folder, "child")
     content = checkpoint.load(newest) if newest else None
+    known: dict[str, Stored | None] = {}
+    data: Data | None = None
     if opt.init_from is not None and (content is None or content["options"]["init_from"] != opt.init_from):
-        content = source.supernet_checkpoint(opt)
-        data = Data(opt, _splits(opt)[0] or content["split"], like=DataInfo(**content["data"]))
+        known, content = source.searches(opt), source.supernet_checkpoint(opt)
+        of, epochs = f"the supernet of {opt.init_from}", content["options"]["epochs"]
+        data = Data(opt, _given(opt, known).split or content["split"], like=DataInfo(**content["data"]))
         _check_classes(opt, data, content)
-        run = Run(opt, "child", folder, device, data)
         genotype = source.find_genotype(opt, data.info)
-        network = _initial(run, opt, genotype)
+        network = _initial(Run(opt, "child", folder, device, data), opt, genotype)
     elif content is None:
         raise UserError(f"--eval_only True: no child checkpoint in {folder}; give --name or --init_from")
     else:
-        opt, like = _as_trained(opt, content["options"]), DataInfo(**content["data"])
-        if opt.test_folder:
-            data = Data.to_test(replace(opt, dataset=opt.test_folder), like)
-        else:
-            data = Data(opt, content["split"], opt.use_valid, like=like)
-        _check_classes(opt, data, content)
-        run = Run(opt, "child", folder, device, data)
+        of, opt = str(newest), _as_trained(opt, content["options"])
+        epochs = opt.epochs
         network, genotype = source.load_child(content)
+    like = DataInfo(**content["data"])
+    if opt.test_folder is not None:
+        trained = [name for part in ("train", "valid") for name in content["split"][part]]
+        data = Data.to_test(replace(opt, dataset=opt.test_folder), like, trained)
+    elif data is None:
+        data = Data(opt, content["split"], opt.use_valid, like=like)
+        _check_classes(opt, data, content)
+    run = Run(opt, "child", folder, device, data)
     for note in data.notes:
         print(f"note:    {note}")
-    _check_test_images(run)
+    _check_test_images(run, known if opt.test_folder is None else {})
     result = _test(run, network.to(device), genotype)
+    print(f"weights  {of}, epoch {content['epoch']} of {epochs}")
     print(f"test     {_in_words(result)}")
     return Tested(folder, genotype, result)
 
@@ -279,9 +302,9 @@ def _as_trained(opt: ChildOptions, stored: Mapping[str, Any]) -> ChildOptions:
     Raises:
         UserError: an option is given that the training had otherwise.
     """
-    trained, usual = options.restore(ChildOptions, stored), ChildOptions()
-    given = {name: value for name, value in vars(opt).items() if value != getattr(usual, name)}
-    merged = replace(trained, **given)
+    trained = options.restore(ChildOptions, stored)
+    merged = replace(trained, **{name: getattr(opt, name) for name in options.given(opt)})
     same = replace(merged, eval_batch_size=trained.eval_batch_size)
-    check_same_options(same, stored, Path(opt.experiments_dir) / opt.name)
+    folder = Path(opt.experiments_dir) / opt.name
+    check_same_options(same, stored, folder, "leave it out, an evaluation takes it from the checkpoint")
     return merged

@@ -13,7 +13,9 @@ import genotypes
 import options
 import utils
 from genotypes import Genotype
+from loading import splits
 from loading.batches import DataInfo
+from loading.splits import Stored
 from model import ChildNetwork
 from model_search import Network
 from options import UserError
@@ -21,6 +23,7 @@ from options.child_option import ChildOptions
 from resources.cost import Deployed
 from training import checkpoint
 
+_WEIGHTS = ".pt"  # the ending of checkpoints
 _TRIES = 20_000  # draws of random:SEED with --match_params
 
 
@@ -52,15 +55,22 @@ def find_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
         UserError: there is none of that name, its file is malformed, or no random one has the parameters wanted.
     """
     name, folder = opt.genotype, Path(opt.experiments_dir) / opt.genotype
+    fixed = name in genotypes.GENOTYPES or name.startswith("random:") or Path(name).is_file()
+    if fixed and opt.genotype_epoch is not None:
+        raise UserError(f"--genotype_epoch goes with an experiment, and --genotype {name} is none")
     if name in genotypes.GENOTYPES:
         return genotypes.GENOTYPES[name]
     if name.startswith("random:"):
         return _random_genotype(opt, info)
     if opt.genotype_epoch is not None:
+        kept = checkpoint.epochs(folder, "weights")
+        if opt.genotype_epoch not in kept:
+            there = f"it has {', '.join(map(str, kept))}" if kept else "no search lies there"
+            raise UserError(f"--genotype_epoch {opt.genotype_epoch} is not kept in {folder}; {there}")
         return _of_checkpoint(checkpoint.path_of(folder, "weights", opt.genotype_epoch))
     for path in (Path(name), folder / "genotype.json"):
         if path.is_file():
-            return _of_checkpoint(path) if path.suffix == ".pt" else read_genotype(path)
+            return _of_checkpoint(path) if path.suffix == _WEIGHTS else read_genotype(path)
     raise UserError(
         f"--genotype {name} is no experiment in {opt.experiments_dir} that ended, no file, and none of "
         f"{', '.join(genotypes.GENOTYPES)}, random:SEED; --genotype_epoch takes that of an epoch"
@@ -74,6 +84,28 @@ def _of_checkpoint(path: Path) -> Genotype:
     if content.get("stem") != "weights":
         raise UserError(f"--genotype {path} is a child's checkpoint, not a search's")
     return genotypes.derive(state["alpha_normal"], state["alpha_reduce"], content["options"]["space"])
+
+
+def searches(opt: ChildOptions) -> dict[str, Stored | None]:
+    """The splits of the searches that the genotype and the initial weights come from, by name; None if unknown."""
+    found: dict[str, Stored | None] = {}
+    if opt.genotype not in genotypes.GENOTYPES and not opt.genotype.startswith("random:"):
+        found[opt.genotype] = _split_of(Path(opt.genotype), Path(opt.experiments_dir) / opt.genotype)
+    if opt.init_from is not None:
+        found[opt.init_from] = _split_of(Path(opt.experiments_dir) / opt.init_from)
+    return found
+
+
+def _split_of(*places: Path) -> Stored | None:
+    """That of the first place that exists: a checkpoint, a file beside a split.json, or an experiment."""
+    place = next((place for place in places if place.exists()), places[-1])
+    folder = place.parent if place.is_file() else place
+    if not (place.is_file() and place.suffix == _WEIGHTS) and (folder / "split.json").is_file():
+        return splits.read_split(folder / "split.json", "the search's split")
+    weights = place if place.is_file() else checkpoint.newest(place, "weights")
+    if weights is None or weights.suffix != _WEIGHTS:
+        return None
+    return splits.of_record(checkpoint.load(weights)["split"])
 
 
 def read_genotype(path: Path) -> Genotype:

@@ -3,8 +3,9 @@
 A batch is one gather from the uint8 cache with a crop offset and a mirror flag per image.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import Tensor
 import utils
 from loading import images, splits
 from loading.augmentation import Augmentation, augment
-from loading.splits import Split, Stored
+from loading.splits import Stored
 from options import UserError
 from options.default_option import DataOptions
 
+_MOST = 500_000_000  # bytes of pixels of a split that its fingerprint is of
 Batches = Iterator[tuple[Tensor, Tensor]]  # images (B, C, H, W) float32, labels (B,)
 
 
@@ -57,9 +59,13 @@ class ImageSet:
     notes: list[str] = field(default_factory=list)  # what there is to say, such as what was left out
 
 
-def _folder(opt: DataOptions, white: dict[str, float] | None = None) -> ImageSet:
-    folder = images.scan(Path(opt.dataset), LOADERS)
-    found = images.decode(folder, opt.image_size, opt.max_ram_gb, opt.cache_dir, white, opt.max_cache_gb)
+def _folder(opt: DataOptions, like: DataInfo | None = None, option: str = "--dataset") -> ImageSet:
+    folder = images.scan(Path(opt.dataset), LOADERS, option)
+    testing = like is not None and option != "--dataset"  # what is trained on has the size that it had
+    height, width = like.image_size if testing and like else (opt.image_size, opt.image_size)
+    size = (width, height) if width and height else None
+    white = like.white if like else None
+    found = images.decode(folder, size, opt.max_ram_gb, opt.cache_dir, white, opt.max_cache_gb)
     notes = [*found.notes, *([f"left out of {folder.root}: {folder.left_out}"] if folder.left_out else [])]
     labels = torch.tensor(folder.labels)
     return ImageSet(found.pixels, labels, folder.classes, folder.files, notes=notes, white=found.white)
@@ -104,14 +110,15 @@ LOADERS: dict[str, Callable[[DataOptions], ImageSet]] = {
 }
 
 
-def load(opt: DataOptions, like: DataInfo | None = None) -> ImageSet:
+def load(opt: DataOptions, like: DataInfo | None = None, option: str = "--dataset") -> ImageSet:
     """The images of --dataset, a folder or a name of LOADERS; raises UserError.
 
     Args:
         like: of the images that a network was trained on: these have to have its size and channels.
+        option: where they were asked for; those of --test_folder are brought to the size.
     """
     loader = LOADERS.get(opt.dataset)
-    found = loader(opt) if loader else _folder(opt, like.white if like else None)
+    found = loader(opt) if loader else _folder(opt, like, option)
     if like is None:
         return found
     if found.pixels.shape[1] == 1 and like.channels == 3:
@@ -120,7 +127,7 @@ def load(opt: DataOptions, like: DataInfo | None = None) -> ImageSet:
         shapes = [
             "x".join(map(str, (w, h, c))) for c, h, w in (found.pixels.shape[1:], (like.channels, *like.image_size))
         ]
-        raise UserError(f"--dataset {opt.dataset} has images of {shapes[0]}, the weights are for {shapes[1]}")
+        raise UserError(f"{option} {opt.dataset} has images of {shapes[0]}, the weights are for {shapes[1]}")
     return found
 
 
@@ -129,9 +136,9 @@ class Data:
 
     Args:
         opt: the options.
-        split: names of the images per split, as stored in split.json; made anew if None.
+        split: as split.json or a checkpoint has it; made anew if None.
         train_on_valid: train on the validation split too.
-        carry: another run's split, to be used if it is of this data; other data gets a split of its own.
+        carry: another run's split, which these images take over as far as they can, see splits.fit_split.
         like: of the data that a network was trained on, whose mean, deviation and white are taken.
         pool: the images, if they are loaded already.
     Raises:
@@ -141,22 +148,33 @@ class Data:
     def __init__(
         self,
         opt: DataOptions,
-        split: Split | None = None,
+        split: Stored | Mapping[str, Any] | None = None,
         train_on_valid: bool = False,
         carry: Stored | None = None,
         like: DataInfo | None = None,
         pool: ImageSet | None = None,
     ) -> None:
         pool = pool or load(opt, like)
-        self.notes = pool.notes  # what there is to say about it
+        self.notes = [*pool.notes]  # what there is to say about it
         if split is not None:
-            split = self._names_now(split, pool, opt)
-        elif carry is not None:
-            old = carry._replace(split=self._names_now(carry.split, pool, opt))
-            split, notes = splits.fit_split(old, pool.names, pool.labels, pool.classes)
+            old = split if isinstance(split, Stored) else splits.of_record(split)
+            stored = old = self._names_now(old, pool, opt)
+        else:
+            old = Stored({}) if carry is None else self._names_now(carry, pool, opt)
+            stored, notes = splits.draw(old, pool.names, pool.labels, pool.classes, opt, pool.official_test)
             self.notes += notes
-        self.split = split or splits.make_split(pool.names, pool.labels, pool.classes, opt, pool.official_test)
+        self.split = stored.split
         self.pixels, self.labels, self.indices = pool.pixels, pool.labels, self._indices(pool, opt)
+        named = {name for names in self.split.values() for name in names}
+        left_out = [name for name in pool.names if name not in named]
+        self.stored = stored._replace(left_out=left_out, pixels=self._fingerprints())
+        changed = [part for part, names in old.split.items() if names == self.split[part] and self._differs(part, old)]
+        if changed:
+            self.notes.append(f"the {', '.join(changed)} images have other pixels than the split was made for")
+        if left_out and split is not None:
+            self.notes.append(f"{len(left_out):,} images here are not in the split, and left out")
+        elif left_out:
+            self.notes.append(f"{len(left_out):,} images are left out, as in the split or with their group")
         if train_on_valid:
             self.indices["train"] = torch.cat([self.indices["train"], self.indices["valid"]])
         mean, std = (like.mean, like.std) if like else _mean_and_std(pool.pixels, self.indices["train"])
@@ -176,23 +194,44 @@ class Data:
     def _indices(self, pool: ImageSet, opt: DataOptions) -> dict[str, Tensor]:
         """Where the images of each split are."""
         index = {name: i for i, name in enumerate(pool.names)}
-        named = [name for names in self.split.values() for name in names]
-        lost = [name for name in named if name not in index]
+        lost = [name for names in self.split.values() for name in names if name not in index]
         if lost:
+            example = f"; names here are like {pool.names[0]}" if len(lost) > len(pool.names) // 2 else ""
             raise UserError(
-                f"--dataset {opt.dataset}: {len(lost)} images of the split are gone, e.g. {lost[0]}; "
+                f"--dataset {opt.dataset}: {len(lost)} images of the split are gone, e.g. {lost[0]}{example}; "
                 "use the data that was split"
             )
-        if len(named) < len(index):
-            self.notes.append(f"{len(index) - len(named):,} images here are not in the split, and left out")
         return {name: torch.tensor([index[n] for n in names], dtype=torch.int64) for name, names in self.split.items()}
+
+    def _fingerprints(self) -> dict[str, str]:
+        """What the pixels of each split are: HxWxC and a digest, of some images where they are many."""
+        found = {}
+        for part, places in self.indices.items():
+            digest = hashlib.blake2b(digest_size=12)
+            every = max(1, len(places) * self.pixels[0].numel() // _MOST)
+            for chosen in places[::every].split(256):
+                digest.update(self.pixels[chosen].numpy().data)
+            found[part] = f"{self._shape()} {digest.hexdigest()}"
+        return found
+
+    def _shape(self) -> str:
+        channels, height, width = self.pixels.shape[1:]
+        return f"{height}x{width}x{channels}"
+
+    def _differs(self, part: str, old: Stored) -> bool:
+        """Whether the images of a part had the same size in the split of before, but not these pixels."""
+        before = old.pixels.get(part, "")
+        return before.startswith(f"{self._shape()} ") and before != self.stored.pixels[part]
+
+    def record(self, opt: DataOptions) -> dict[str, Any]:
+        """What split.json and checkpoints say of the split."""
+        return splits.to_record(self.stored, opt)
 
     def _check_training(self, opt: DataOptions) -> None:
         """Refuse what nothing can be learned from."""
-        totals = [sum(column) for column in zip(*self.info.counts.values(), strict=True)]
-        if 0 in totals:
-            name = self.info.classes[totals.index(0)]
-            raise UserError(f"--dataset {opt.dataset}: the split has no image of {name!r}: it is of other classes")
+        if 0 in self.info.counts["train"]:
+            name = self.info.classes[self.info.counts["train"].index(0)]
+            raise UserError(f"--dataset {opt.dataset}: the split has no training image of the class {name!r}")
         if max(self.info.std) <= 1 / 255:
             raise UserError(f"--dataset {opt.dataset}: all training images are of one and the same colour")
         height, width = self.info.image_size
@@ -200,26 +239,38 @@ class Data:
             self.notes.append(f"--cutout_length {opt.cutout_length} blanks most of images of {width}x{height}")
 
     @classmethod
-    def to_test(cls, opt: DataOptions, like: DataInfo) -> "Data":
-        """All images of --dataset as the test split of a network, classes by their names; raises UserError."""
-        pool = load(opt, like)
-        unknown = [name for name in pool.classes if name not in like.classes]
+    def to_test(cls, opt: DataOptions, like: DataInfo, trained: Iterable[str]) -> "Data":
+        """All images of --test_folder as the test split of a network, classes by their names; raises UserError.
+
+        Args:
+            like: of the data that it was trained on. trained: the names of its training images.
+        """
+        pool = load(opt, like, "--test_folder")
+        place = {splits.same_name(name): label for label, name in enumerate(like.classes)}
+        unknown = [name for name in pool.classes if splits.same_name(name) not in place]
         if unknown:
             raise UserError(
                 f"--test_folder {opt.dataset}: the weights know no class {unknown[0]!r}; "
                 f"they know {', '.join(like.classes)}"
             )
-        place = torch.tensor([like.classes.index(name) for name in pool.classes])
-        split: Split = {"train": [], "valid": [], "test": pool.names}
-        return cls(opt, split, like=like, pool=replace(pool, labels=place[pool.labels], classes=like.classes))
+        labels = torch.tensor([place[splits.same_name(name)] for name in pool.classes])[pool.labels]
+        pool = replace(pool, labels=labels, classes=like.classes)
+        data = cls(opt, {"train": [], "valid": [], "test": pool.names}, like=like, pool=pool)
+        seen = {*map(splits.same_name, trained)} & {*map(splits.same_name, pool.names)}
+        if seen:
+            data.notes.append(
+                f"{len(seen):,} of these {len(pool.names):,} images have the names of training images, "
+                f"e.g. {min(seen)}: if they are the same, the figures flatter"
+            )
+        return data
 
     @staticmethod
-    def _names_now(split: Split, pool: ImageSet, opt: DataOptions) -> Split:
+    def _names_now(stored: Stored, pool: ImageSet, opt: DataOptions) -> Stored:
         """Earlier versions called the images of a named data set 0, 1, 2."""
-        named = (name for names in split.values() for name in names)
+        named = (name for names in stored.split.values() for name in names)
         if opt.dataset not in LOADERS or not {*pool.names}.isdisjoint(named):
-            return split
-        return {part: [f"{opt.dataset}/{name}" for name in names] for part, names in split.items()}
+            return stored
+        return stored._replace(split={p: [f"{opt.dataset}/{name}" for name in n] for p, n in stored.split.items()})
 
     def train_batches(self, batch_size: int, epoch: int, device: torch.device) -> Batches:
         """The augmented batches of an epoch: (images (B, C, H, W) float32, labels (B,)) on the device."""
@@ -290,5 +341,4 @@ def _mean_and_std(pixels: Tensor, chosen: Tensor) -> tuple[list[float], list[flo
 
 def write_split(path: Path, data: Data, opt: DataOptions) -> None:
     """split.json: the names of the images of each split, and how they were drawn."""
-    record = {"dataset": opt.dataset, "seed": opt.seed, "group_pattern": opt.group_pattern, **data.split}
-    utils.write_atomic(path, json.dumps(record, indent=1))
+    utils.write_atomic(path, json.dumps(data.record(opt), indent=1))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,10 +23,13 @@ from loading.kept import Decoded
 from options import UserError
 
 _NEEDS_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but cannot read alone
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_SPLITS = re.compile(r"(train|val|test|eval|dev|unlabell?ed)(ing|id|idation)?(?![a-z])")  # of a folder's name
 _FORMAT = 2  # of the kept arrays; to be raised when decoding changes
 _LONG = 3.0  # seconds of decoding that are worth keeping
 _DARK = 4.0  # times the brightness of half of the images, from which on the brightest is told
+
+
+Size = tuple[int, int]  # width, height
 
 
 class ImageFolder(NamedTuple):
@@ -36,6 +40,7 @@ class ImageFolder(NamedTuple):
     files: list[str]  # relative to root, with forward slashes
     labels: list[int]
     left_out: str = ""  # in words
+    option: str = "--dataset"  # where it was asked for
 
 
 @cache
@@ -49,24 +54,26 @@ def formats() -> dict[str, tuple[str, ...]]:
     return {end: (kind, *(other for other in able if other != kind)) for end, kind in known.items() if kind in able}
 
 
-def scan(root: Path, names: Iterable[str] = ()) -> ImageFolder:
+def scan(root: Path, names: Iterable[str] = (), option: str = "--dataset") -> ImageFolder:
     """List a folder with one subfolder of images per class, at any depth, linked folders too, hidden ones left out.
 
     Args:
         names: what might have been meant instead.
+        option: where it was asked for; to be tested on, one class does.
 
     Raises:
         UserError: no such folder, fewer than two classes, a class without an image, or splits in place of classes.
     """
     if not root.is_dir():
         raise UserError(
-            f"--dataset {root}: no such folder; give a folder with one subfolder of images per class"
+            f"{option} {root}: no such folder; give a folder with one subfolder of images per class"
             + "".join(f", or {name}" for name in names)
         )
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-    if folders and {path.name.lower() for path in folders} <= _SPLITS:
+    parts = {match[1] for path in folders if (match := _SPLITS.match(path.name.lower()))}
+    if len(parts) > 1:
         raise UserError(
-            f"--dataset {root}: its folders {', '.join(path.name for path in folders)} are splits, not classes; "
+            f"{option} {root}: its folders {', '.join(path.name for path in folders)} are splits, not classes; "
             "give a folder with one subfolder per class, and --split with a file of the lists train, valid and test"
         )
     files: list[str] = []
@@ -74,19 +81,22 @@ def scan(root: Path, names: Iterable[str] = ()) -> ImageFolder:
     others: Counter[str] = Counter()
     for label, folder in enumerate(folders):
         found = sorted(_files(str(folder), f"{folder.name}/", others, (os.path.realpath(root),)))
-        if not found:
+        if not found and option != "--dataset":
+            others["empty class folder"] += 1
+        elif not found:
             left = f" but {_in_words(others)}" if others else ""
             raise UserError(
-                f"--dataset {root}: the class folder {folder.name!r} holds no images{left}; fill it or remove it"
+                f"{option} {root}: the class folder {folder.name!r} holds no images{left}; fill it or remove it"
             )
         files += found
         labels += [label] * len(found)
-    if len(folders) < 2:
+    least = 2 if option == "--dataset" else 1
+    if len(folders) < least or not files:
         raise UserError(
-            f"--dataset {root}: {len(folders)} class folders with images found, at least 2 are needed; "
-            "each subfolder is a class"
+            f"{option} {root}: {len(folders) if files else 0} class folders with images found, at least {least} "
+            "are needed; each subfolder is a class"
         )
-    return ImageFolder(root, [folder.name for folder in folders], files, labels, _in_words(others))
+    return ImageFolder(root, [folder.name for folder in folders], files, labels, _in_words(others), option)
 
 
 def _in_words(others: Mapping[str, int]) -> str:
@@ -139,7 +149,7 @@ class _Read(NamedTuple):
 
 def decode(
     folder: ImageFolder,
-    image_size: int | None,
+    size: Size | None,
     max_ram_gb: float,
     cache_dir: str | None = None,
     white: dict[str, float] | None = None,
@@ -156,35 +166,35 @@ def decode(
     (names, sizes, dates), which a later run maps into memory and starts at once.
 
     Args:
-        image_size: side to resize (shorter side) and crop (centre) to; None keeps the size, if there is one.
+        size: width and height to resize (shorter side) and crop (centre) to; None keeps the size, if there is one.
         max_ram_gb: limit of the memory used.
         white: what is white in images that others have to be like.
         max_cache_gb: limit of what is kept; files that were not used for longest go first.
     Raises:
-        UserError: unreadable files, or several sizes and no image_size.
+        UserError: unreadable files, or several sizes and none to bring them to.
     """
-    path = _kept(folder, image_size, cache_dir)
+    path = _kept(folder, size, cache_dir)
     known = kept.load(path)
     if known is not None and white not in (None, known.white):  # kept for another white
-        path = _kept(folder, image_size, cache_dir, white)
+        path = _kept(folder, size, cache_dir, white)
         known = kept.load(path)
     if known is not None:
         return known
     start = time.perf_counter()
-    images = _read_all(folder, image_size, max_ram_gb * 1e9, white)
+    images = _read_all(folder, size, max_ram_gb * 1e9, white)
     notes: list[str] = []
     if white is None:
         white, notes = _white(images), _odd_values(images, folder)
     else:
-        path = _kept(folder, image_size, cache_dir, white)
+        path = _kept(folder, size, cache_dir, white)
     channels = 1 if all(image.mode in pixels.GREY for image in images) else 3
-    shape = (len(images), channels, *_one_size(folder, images, image_size))
+    shape = (len(images), channels, *_one_size(folder, images, size))
     if np.prod(shape) > max_ram_gb * 1e9:
-        found = kept.fill(path, shape, white, notes, lambda array: _fill(array, images, folder, image_size, white))
+        found = kept.fill(path, shape, white, notes, lambda array: _fill(array, images, folder, size, white))
         _trim(path, max_cache_gb)
         return found
     array = np.empty(shape, np.uint8)
-    _fill(array, images, folder, image_size, white)
+    _fill(array, images, folder, size, white)
     found = Decoded(torch.from_numpy(array), white, notes)
     if time.perf_counter() - start > _LONG:
         try:
@@ -234,47 +244,43 @@ def _odd_values(images: list[_Read], folder: ImageFolder) -> list[str]:
     return notes
 
 
-def _kept(folder: ImageFolder, image_size: int | None, cache_dir: str | None, *more: object) -> Path:
+def _kept(folder: ImageFolder, size: Size | None, cache_dir: str | None, *more: object) -> Path:
     """Where the pixels of these very files are kept."""
     stats = [os.stat(f"{folder.root}/{name}") for name in folder.files]
     dates = [(s.st_size, s.st_mtime_ns) for s in stats]
-    return utils.cached(
-        cache_dir, "{}.npy", _FORMAT, str(folder.root.resolve()), image_size, folder.files, dates, *more
-    )
+    return utils.cached(cache_dir, "{}.npy", _FORMAT, str(folder.root.resolve()), size, folder.files, dates, *more)
 
 
-def _read_all(
-    folder: ImageFolder, image_size: int | None, most: float, white: Mapping[str, float] | None
-) -> list[_Read]:
+def _read_all(folder: ImageFolder, size: Size | None, most: float, white: Mapping[str, float] | None) -> list[_Read]:
     """Every image, the first ones with their pixels, `most` bytes of them in all."""
     images: list[_Read] = []
     held = 0
-    for image in _each(lambda name: _read(folder.root / name, image_size, white), folder, folder.files):
+    for image in _each(lambda name: _read(folder.root / name, size, white), folder, folder.files):
         if image is not None:
             held += image.pixels.nbytes if image.pixels is not None else 0
             images.append(image if held <= most else image._replace(pixels=None))
     return images
 
 
-def _one_size(folder: ImageFolder, images: list[_Read], image_size: int | None) -> tuple[int, int]:
-    if image_size:
-        return image_size, image_size
+def _one_size(folder: ImageFolder, images: list[_Read], size: Size | None) -> tuple[int, int]:
+    if size:
+        return size[1], size[0]
     sizes = {image.size for image in images}
     if len(sizes) > 1:
         small, large = min(sizes), max(sizes)
         raise UserError(
-            f"--dataset {folder.root}: {len(sizes)} image sizes, from {small[1]}x{small[0]} to "
+            f"{folder.option} {folder.root}: {len(sizes)} image sizes, from {small[1]}x{small[0]} to "
             f"{large[1]}x{large[0]}; give one side with --image_size, e.g. --image_size {min(small)}"
         )
     return sizes.pop()
 
 
 def _fill(
-    array: pixels.Pixels, images: list[_Read], folder: ImageFolder, image_size: int | None, white: Mapping[str, float]
+    array: pixels.Pixels, images: list[_Read], folder: ImageFolder, size: Size | None, white: Mapping[str, float]
 ) -> None:
     """Put every image into array (N, C, H, W); decode those that are not yet."""
     left = [name for name, image in zip(folder.files, images, strict=True) if image.pixels is None]
-    later = _each(lambda name: _read(folder.root / name, image_size, white), folder, left)
+    later = _each(lambda name: _read(folder.root / name, size, white), folder, left)
     for index, early in enumerate(images):
         image = early if early.pixels is not None else next(later)
         if image is not None and image.pixels is not None:
@@ -310,16 +316,16 @@ def _each(read: Callable[[str], _Read], folder: ImageFolder, names: Sequence[str
     if bad:
         some = ", ".join(bad[:5]) + (", ... (all of them are named above)" if len(bad) > 5 else "")
         raise UserError(
-            f"--dataset {folder.root}: {len(bad)} of {len(folder.files)} images cannot be read: {some}; "
+            f"{folder.option} {folder.root}: {len(bad)} of {len(folder.files)} images cannot be read: {some}; "
             "repair or remove them"
         )
 
 
-def _read(path: Path, image_size: int | None, white: Mapping[str, float] | None = None) -> _Read:
+def _read(path: Path, size: Size | None, white: Mapping[str, float] | None = None) -> _Read:
     """One image, decoded if it has 8 bits a pixel or it is known what value is white."""
     with Image.open(path, formats=formats().get(path.suffix.lower())) as opened:
         image, mode = pixels.upright(opened), opened.mode
-        (width, height), size = image.size, (image_size, image_size) if image_size else None
+        width, height = image.size
         if mode in pixels.WIDE and white is None:
             raw, values = np.asarray(image), pixels.values_of(image)
             about = _Values(float(values.max()), bool(values.min() < 0), bool(np.isnan(raw).any()))

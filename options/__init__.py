@@ -18,6 +18,9 @@ O = TypeVar("O")
 HalfOpenUnit = restricted_number_type("HalfOpenUnit", float, [(">=", 0), ("<", 1)])
 
 
+_SAID = "_said"  # where parse keeps the names of what was said
+
+
 class UserError(ValueError):
     """Bad input. The message is one line: the option or file, the value, what is allowed; what to try."""
 
@@ -64,12 +67,21 @@ def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: 
     parsed = parser.parse_args(arguments)
     values = {field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     result = options(**values)
+    said = parser.parse_args(arguments, defaults=False)
+    result.__dict__[_SAID] = {name for name in values if said.get(name) is not None}
     try:
         if hasattr(result, "check"):
             result.check()
     except UserError as error:
         parser.error(str(error))
     return result
+
+
+def given(opt: Any) -> set[str]:
+    """The names of the options that were said, on the command line or in a file."""
+    return set(
+        vars(opt).get(_SAID, {name for name, value in to_dict(opt).items() if value != to_dict(type(opt)())[name]})
+    )
 
 
 def _plain(value: Any) -> Any:

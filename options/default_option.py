@@ -26,7 +26,7 @@ class DataOptions:
     test_portion: HalfOpenUnit = 0.2
     """Part of a folder's images kept for testing, never seen by the search. Named data sets bring their own."""
     split: str | None = None
-    """A split.json to use. Default: in retrain.py that of the experiment that --genotype names, else a new one."""
+    """A split.json to use, or new. Default: in retrain.py that of the search of --genotype, else a new one."""
     group_pattern: str | None = None
     """Regular expression found in the file name; images with the same match (first group) stay in one split."""
     balance: bool = False

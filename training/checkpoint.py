@@ -41,7 +41,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason[:100]}); take an earlier epoch") from None
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({reason[:100]}); take another; removed, the one before is"
+        ) from None
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path} is not a checkpoint of this program")
     if content["format"] != FORMAT:

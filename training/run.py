@@ -5,7 +5,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,14 @@ import operations
 import options
 import utils
 from loading.batches import Batches, Data, write_split
-from loading.splits import Split, Stored
+from loading.splits import Given
 from options import UserError
 from options.default_option import RunOptions
 from training import checkpoint
 
 # Options that may change when a run is resumed: what is computed stays the same function of the same images.
 FREE = {
+    "name",  # the folder may have been renamed
     "resume",
     "eval_only",
     "test_folder",
@@ -34,7 +35,8 @@ FREE = {
     "visualizations_dir",
     "download",
     "data_dir",
-    "dataset",  # the images may have moved: their names, number, size, mean and std are compared
+    "dataset",  # the images may have moved: names, counts, size, mean and std are compared, other pixels told
+    "split",  # the checkpoint holds it
     "device",
     "recompute",
     "max_ram_gb",
@@ -127,7 +129,7 @@ class Run(Generic[Options]):
             "epoch": epoch,
             "options": options.to_dict(self.opt),
             "data": self.data.info.to_dict(),
-            "split": self.data.split,
+            "split": self.data.record(self.opt),
             "metrics": dict(metrics),
             "extra": self.extra,
             "parts": {name: part.state_dict() for name, part in parts.items()},
@@ -168,33 +170,38 @@ def one_writer(folder: Path, instead: str) -> Iterator[None]:
 
 @contextmanager
 def open_run(
-    opt: Options, stem: str, split: Split | None = None, train_on_valid: bool = False, carry: Stored | None = None
+    opt: Options, stem: str, given: Callable[[], Given] = Given, train_on_valid: bool = False
 ) -> Iterator[Run[Options]]:
     """Check the name, read the data, hold the folder, create it or find the checkpoint to resume from.
 
     Args:
         opt: the options.
         stem: checkpoints are STEM_epoch_N.pt.
-        split: names of the images per split; that of the checkpoint, or a new one, if None.
+        given: gives the split of a run that begins; the others have that of their checkpoint.
         train_on_valid: train on the validation split too.
-        carry: the split of another run, perhaps of other data; see Data.
     Raises:
         UserError: the experiment exists or another process writes it, its options differ, or the data cannot be used.
     """
     folder = Path(opt.experiments_dir) / opt.name
     newest = checkpoint.newest(folder, stem) if opt.resume else None
     if newest is None:
-        _check_free(folder)
+        _check_free(folder, opt.resume)
     device = utils.pick_device(opt.device)
     loaded = checkpoint.load(newest) if newest else None
     if loaded:
         check_same_options(opt, loaded["options"], folder)
-    data = Data(opt, loaded["split"] if loaded else split, train_on_valid, carry)
-    if loaded and data.info.to_dict() != {"white": data.info.white, **loaded["data"]}:  # earlier ones have none
-        raise UserError(f"--dataset {opt.dataset} does not hold the images of the run in {folder}; use a new --name")
+    if loaded:
+        data = Data(opt, loaded["split"], train_on_valid)
+        if not _same_data(data.info.to_dict(), loaded["data"]):
+            raise UserError(
+                f"--dataset {opt.dataset} does not hold the images of the run in {folder}; use a new --name"
+            )
+    else:
+        split, carry = given()
+        data = Data(opt, split, train_on_valid, carry)
     with one_writer(folder, "give another --name"):
         if newest is None:
-            _check_free(folder)  # again: reading the data took its time
+            _check_free(folder, opt.resume)  # again: reading the data took its time
         if (checkpoint.newest(folder, stem) if opt.resume else None) != newest:
             raise UserError(f"{folder} was written while the data was read; start again")
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
@@ -220,7 +227,14 @@ def open_run(
             ) from None
 
 
-def _check_free(folder: Path) -> None:
+def _same_data(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    """Whether both are of the same images; the last digit of mean and deviation may differ between machines."""
+    both = [dict(info) for info in (now, {"white": now["white"], **then})]  # earlier runs have no white
+    numbers = [[*info.pop("mean"), *info.pop("std")] for info in both]
+    return both[0] == both[1] and all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(*numbers, strict=True))
+
+
+def _check_free(folder: Path, resume: bool) -> None:
     """Refuse a folder that holds more than a start which never finished an epoch."""
     if any(path.exists() and not path.is_dir() for path in (folder, folder.parent)):
         raise UserError(f"{folder} cannot be made: a file is in the way; change --name or --experiments_dir")
@@ -229,20 +243,20 @@ def _check_free(folder: Path) -> None:
     kept = {p.name for p in folder.iterdir()} - {p.name for pattern in _LEFTOVERS for p in folder.glob(pattern)}
     metrics = folder / "metrics.jsonl"
     if kept or (metrics.exists() and metrics.stat().st_size):
-        raise UserError(f"{folder} exists; give another --name, or --resume True if it has a checkpoint to go on from")
+        other = "it has no checkpoint of this script to go on from" if resume else "or --resume True to go on"
+        raise UserError(f"{folder} exists; give another --name, {other}")
 
 
-def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path) -> None:
+def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path, advice: str = "") -> None:
     """Refuse options that differ from those of the run in the folder, but for FREE ones; raises UserError."""
+    again = f"--config {folder}/options.yaml --name {folder.name} --resume True"
+    advice = advice or f"a resumed run keeps its options; use {again}, or a new --name"
     now = options.to_dict(opt)
     earlier = options.to_dict(type(opt)()) | dict(stored)  # what is newer than the run had its default
     changed = [name for name in now if name not in FREE and now[name] != earlier[name]]
     if changed:
         name = changed[0]
-        raise UserError(
-            f"--{name} is {now[name]} but the run in {folder} has {earlier[name]}: a resumed run keeps its options; "
-            f"use --config {folder}/options.yaml --resume True, or a new --name"
-        )
+        raise UserError(f"--{name} is {now[name]} but the run in {folder} has {earlier[name]}: {advice}")
 
 
 def check_finite(run: Run[Any], name: str, value: float, epoch: int) -> None:
@@ -279,7 +293,8 @@ def announce(run: Run[Any], costs: Mapping[str, int]) -> None:
     for note in run.data.notes:
         print(f"note:    {note}")
     print(f"network  {costs['params']:,} parameters, {costs['flops'] / 1e6:,.1f} Mflops (multiply-adds) an image")
-    print(f"run      {run.folder}: epochs {run.epoch + 1} to {opt.epochs}, {run.steps} steps each", flush=True)
+    left = f"epochs {run.epoch + 1} to {opt.epochs}, {run.steps} steps each"
+    print(f"run      {run.folder}: {left if run.epoch < opt.epochs else 'all epochs are done'}", flush=True)
     for name, counts in info.counts.items():
         empty = [c for c, count in zip(info.classes, counts, strict=True) if not count]
         if empty and sum(counts):

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import write_images
+from PIL import Image
 from torch import nn
 
 import genotypes
@@ -16,6 +18,7 @@ import options
 import retrain
 import utils
 from child import retraining, source
+from loading import splits
 from loading.batches import Data
 from model import ChildNetwork
 from options import UserError
@@ -209,7 +212,7 @@ def test_a_cell_carries_over_to_other_data(
     capsys.readouterr()
     tested = retrain.main([*searched, f"--dataset={other}"])
     printed = capsys.readouterr().out
-    assert "note:    36 of the 36 images of the split are here: this is other data" in printed  # but one class is new
+    assert "note:    12 images that the split does not name are split anew, e.g. class3/" in printed
     split = json.loads((tested.folder / "split.json").read_text())
     assert sum(len(split[part]) for part in ("train", "valid", "test")) == 48
     assert tested.figures["test_images"] == len(split["test"]) and len(tested.figures["per_class_acc"]) == 4
@@ -240,10 +243,106 @@ def test_new_images_join_the_training_split_and_gone_ones_are_told(
     assert "note:    1 images here are not in the split, and left out" in capsys.readouterr().out
 
 
-def test_a_run_that_started_from_a_supernet_is_tested_again(searched: list[str]) -> None:
+def test_a_run_that_started_from_a_supernet_is_tested_again(
+    searched: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     tuned = retrain.main([*searched, "--init_from=run"])
+    capsys.readouterr()
     again = retrain.main([*searched, "--init_from=run", "--eval_only=True"])
     assert again.figures["loss"] == pytest.approx(tuned.figures["loss"])
+    assert "again/child_epoch_3.pt, epoch 3 of 3" in capsys.readouterr().out  # which weights these are
+    retrain.main([*searched, "--init_from=run", "--eval_only=True", "--name=none"])
+    assert "weights  the supernet of run, epoch 2 of 2" in capsys.readouterr().out
+
+
+def test_the_groups_of_a_search_stay_whole_from_hand_to_hand(searched: list[str], tiny: Path, tmp_path: Path) -> None:
+    """Search with a pattern, retrain, retrain that one's cell on more images: no scene is in two splits."""
+    first = tmp_path / "first"
+    shutil.copytree(tiny, first, ignore=shutil.ignore_patterns("*_3.png"))
+    places = [option for option in searched if option.startswith(("--experiments", "--visual"))]
+    search = ["--image_size=8", "--init_channels=2", "--layers=3", "--nodes=1", "--epochs=1", "--batch_size=4"]
+    main.main([*places, *search, "--name=scenes", f"--dataset={first}", r"--group_pattern=^(\d+)_", "--crop_padding=1"])
+    own = tmp_path / "experiments" / "scenes" / "split.json"
+    retrain.main([*searched, "--genotype=scenes", f"--dataset={first}", "--name=one", "--epochs=1"])
+    main.main([*places, *search, "--name=second", f"--dataset={first}", f"--split={own}", "--crop_padding=1"])
+    for genotype in ("one", "second"):
+        found = retrain.main([*searched, f"--genotype={genotype}", f"--name=of_{genotype}", "--epochs=1"])
+        split = json.loads((found.folder / "split.json").read_text())
+        scenes = [{Path(name).name.split("_")[0] for name in split[part]} for part in ("train", "valid", "test")]
+        assert (
+            not scenes[0] & scenes[2] and not scenes[1] & scenes[2] and sum(len(split[p]) for p in splits.SPLITS) >= 30
+        )
+
+
+def test_a_split_may_be_made_anew(searched: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said that the search has seen its test images; with the search's weights it is refused."""
+    anew = [*searched, "--split=new", "--seed=7", "--test_portion=0.5"]
+    found = retrain.main(anew)
+    assert re.search(
+        r"\d+ of the 18 test images were trained or validated on by the search of run", capsys.readouterr().out
+    )
+    assert found.figures["test_images"] == 18
+    with pytest.raises(UserError, match="by the search of run, whose weights are taken; leave out --init_from"):
+        retrain.main([*anew, "--init_from=run", "--name=weights"])
+
+
+def test_options_that_a_given_split_makes_idle_are_told(
+    searched: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrain.main([*searched, "--test_portion=0.5", "--group_pattern=^zzz", "--epochs=1"])
+    assert "without regard to --test_portion, --group_pattern" in capsys.readouterr().out
+
+
+def test_a_search_whose_split_is_unknown_is_told(
+    searched: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "experiments" / "run"
+    kept = json.loads((run / "split.json").read_text())
+    (run / "split.json").unlink()
+    found = retrain.main([*searched, "--epochs=1"])  # its checkpoint has it
+    assert json.loads((found.folder / "split.json").read_text())["test"] == kept["test"]
+    away = shutil.copy(run / "weights_epoch_2.pt", tmp_path / "away.pt")
+    found = retrain.main([*searched, f"--genotype={away}", "--name=pt", "--epochs=1"])
+    assert json.loads((found.folder / "split.json").read_text())["test"] == kept["test"]
+    assert "no split of the search" not in capsys.readouterr().out
+    (run / "weights_epoch_2.pt").unlink()
+    retrain.main([*searched, "--name=lost", "--epochs=1"])
+    assert "no split of the search of run is here" in capsys.readouterr().out
+
+
+def test_images_with_other_pixels_than_the_search_saw_are_told(
+    searched: list[str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = retrain.main([*searched])
+    swapped = tmp_path / "swapped"
+    shutil.copytree(tiny, swapped)
+    tested = json.loads((trained.folder / "split.json").read_text())["test"]
+    (swapped / tested[0]).write_bytes((tiny / tested[1]).read_bytes())
+    capsys.readouterr()
+    words = "the test images have other pixels than the split was made for"
+    for more in (["--name=other"], ["--eval_only=True"], ["--resume=True"]):
+        retrain.main([*searched, f"--dataset={swapped}", *more])
+        assert words in capsys.readouterr().out, more
+    retrain.main([*searched, "--resume=True"])
+    assert words not in capsys.readouterr().out
+
+
+def test_what_is_said_counts_even_if_it_is_the_default(searched: list[str], tmp_path: Path) -> None:
+    trained = retrain.main([*searched, "--label_smoothing=0.1"])
+    only = [option for option in searched if option.startswith(("--experiments", "--name"))]
+    assert retrain.main([*only, "--eval_only=True"]).figures["acc"] == trained.figures["acc"]
+    with pytest.raises(UserError, match="cifar10"):
+        retrain.main([*only, "--eval_only=True", "--dataset=cifar10", f"--data_dir={tmp_path}"])
+    with pytest.raises(UserError, match=r"--label_smoothing is 0\.0 but .* leave it out, an evaluation takes it"):
+        retrain.main([*only, "--eval_only=True", "--label_smoothing=0"])
+
+
+def test_a_run_may_be_renamed(searched: list[str]) -> None:
+    trained = retrain.main(searched)
+    moved = trained.folder.rename(trained.folder.with_name("moved"))
+    again = retrain.main([*searched, "--name=moved", "--resume=True"])
+    assert again.folder == moved and again.figures["loss"] == trained.figures["loss"]
+    assert retrain.main([*searched, "--name=moved", "--eval_only=True"]).figures["acc"] == trained.figures["acc"]
 
 
 def test_the_split_goes_with_a_genotype_given_as_a_file(
@@ -251,12 +350,12 @@ def test_the_split_goes_with_a_genotype_given_as_a_file(
 ) -> None:
     folder = tmp_path / "experiments"
     retrain.main([*searched, f"--genotype={folder}/run/genotype.json", "--seed=4"])
-    splits = [json.loads((folder / name / "split.json").read_text()) for name in ("run", "again")]
-    assert splits[0]["test"] == splits[1]["test"]
+    both = [json.loads((folder / name / "split.json").read_text()) for name in ("run", "again")]
+    assert both[0]["test"] == both[1]["test"]
     shutil.copy(folder / "run" / "genotype.json", tmp_path / "copied.json")
     capsys.readouterr()
     retrain.main([*searched, f"--genotype={tmp_path}/copied.json", "--name=copy", "--epochs=1"])
-    assert "no split.json lies beside" in capsys.readouterr().out
+    assert f"no split of the search of {tmp_path}/copied.json is here" in capsys.readouterr().out
 
 
 def test_test_images_that_a_search_used_are_refused(searched: list[str], arguments: list[str], tmp_path: Path) -> None:
@@ -293,7 +392,7 @@ def test_the_cell_of_an_epoch_is_handed_on(searched: list[str], tmp_path: Path) 
             [f"--genotype={experiments}/kept/weights_epoch_1.pt"])  # fmt: skip
     for number, way in enumerate(ways):
         assert retrain.main([*searched, *way, f"--name=way{number}", "--epochs=1"]).genotype == shown
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="is not kept in .*kept; it has 1, 2"):
         retrain.main([*searched, "--genotype=kept", "--genotype_epoch=9", "--name=none"])
 
 
@@ -321,5 +420,15 @@ def test_other_labelled_images_are_tested_as_the_network_was_trained(
         options.parse(ChildOptions, [f"--test_folder={other}"], "", "")
     with pytest.raises(UserError, match="--layers is 4 but the run"):  # not silently another network's figures
         retrain.main([*where, "--layers=4"])
+    shutil.rmtree(other / "class9")
+    for label in (0, 2):  # one class alone, of other sizes: brought to that of the training
+        image = Image.open(tiny / "class0" / "0_0.png").resize((20 + label, 20))
+        image.save(next((other / "class0").iterdir()).with_name(f"large{label}.png"))
+    shutil.rmtree(other / "class2")
+    (other / "class1").mkdir()
+    assert retrain.main(where).figures["per_class_acc"]["class2"] is None
+    capsys.readouterr()
+    retrain.main([*where[:3], f"--test_folder={tiny}"])
+    assert "28 of these 36 images have the names of training images" in capsys.readouterr().out
     grey = write_images(tmp_path / "grey", mode="L")
     assert retrain.main([*where[:3], f"--test_folder={grey}"]).figures["test_images"] == 36  # as three channels

@@ -22,7 +22,7 @@ def folder_of(root: Path, files: dict[str, Image.Image]) -> images.ImageFolder:
 def decode(
     folder: images.ImageFolder, size: int | None = None, ram: float = 1.0, cache: Path = Path("/nowhere")
 ) -> torch.Tensor:
-    return images.decode(folder, size, ram, str(cache)).pixels
+    return images.decode(folder, (size, size) if size else None, ram, str(cache)).pixels
 
 
 def ramp(top: int, dtype: type = np.uint8) -> np.ndarray:

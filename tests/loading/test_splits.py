@@ -15,7 +15,7 @@ SPLIT = {"train": ["a/1_1", "b/1_2"], "valid": ["a/2_1", "b/2_2"], "test": ["a/3
 
 def fit(stored: Stored, *names: str) -> tuple[dict[str, list[str]] | None, list[str]]:
     labels = torch.tensor([ord(name[0]) - ord("a") for name in names])
-    return splits.fit_split(stored, list(names), labels, sorted({name[0] for name in names}))
+    return splits.fit_split(stored, list(names), labels, sorted({name[0] for name in names}), DataOptions())
 
 
 def test_new_images_of_a_group_that_is_tested_on_are_not_trained_on() -> None:
@@ -28,11 +28,67 @@ def test_new_images_of_a_group_that_is_tested_on_are_not_trained_on() -> None:
     assert fit(Stored(SPLIT, None), *everything) == (SPLIT, [])
 
 
-def test_other_images_and_other_classes_are_other_data() -> None:
+def test_images_of_which_none_is_known_are_other_data() -> None:
+    split, notes = fit(Stored(SPLIT), "a/x", "b/y")
+    assert split is None and "this is other data" in notes[0]
+
+
+def test_known_images_keep_their_part_and_those_of_new_classes_are_split_anew() -> None:
     everything = [name for part in SPLIT.values() for name in part]
-    for names in (["a/x", "b/y"], everything[:4], [*everything, "c/1"]):
-        split, notes = fit(Stored(SPLIT, None), *names)
-        assert split is None and "this is other data" in notes[0], names
+    fresh = [f"c/{n}" for n in range(10)]
+    split, notes = fit(Stored(SPLIT), *everything, *fresh, "a/new")
+    assert split is not None
+    for part in splits.SPLITS:
+        assert set(SPLIT[part]) <= set(split[part]) and set(split[part]) & set(fresh)
+    assert "a/new" in split["train"] and "1 images that the split does not name are trained on" in notes[0]
+    assert "10 images that the split does not name are split anew, e.g. c/0" in notes[1]
+
+
+def test_where_most_of_a_split_is_gone_new_images_are_split_anew_around_what_is_left() -> None:
+    many = {part: [f"{c}/{part}{n}" for c in "ab" for n in range(30)] for part in splits.SPLITS}
+    left = [name for names in many.values() for name in names if int(name[-1]) < 2]
+    new = [f"{c}/new{n}" for c in "ab" for n in range(40)]
+    split, notes = fit(Stored(many), *left, *new)
+    assert split is not None and "are gone" in notes[0] and "80 images" in notes[1] and "split anew" in notes[1]
+    for part in splits.SPLITS:
+        assert {name for name in many[part] if name in left} <= set(split[part]) and set(split[part]) & set(new)
+    for part in ("valid", "train"):
+        with pytest.raises(UserError, match=f"no image of the split's part {part} is here any more; give --split new"):
+            fit(Stored(SPLIT), *(name for other, names in SPLIT.items() if other != part for name in names))
+
+
+def test_names_that_are_written_otherwise_are_the_same() -> None:
+    """Of a folder that was renamed to capitals, or copied from a system that decomposes accents."""
+    stored = {"train": ["caf\u00e9/1", "b/1"], "valid": ["caf\u00e9/2", "b/2"], "test": ["caf\u00e9/3", "b/3"]}
+    split, notes = fit(Stored(stored), *(f"{c}/{n}" for c in ("cafe\u0301", "B") for n in (1, 2, 3)))
+    assert split == {
+        "train": ["cafe\u0301/1", "B/1"],
+        "valid": ["cafe\u0301/2", "B/2"],
+        "test": ["cafe\u0301/3", "B/3"],
+    }
+    assert notes == []
+    stored = {"train": ["a/x", "b/1"], "valid": ["a/2", "b/2"], "test": ["a/X"]}  # two images, not one
+    assert fit(Stored(stored), "a/x", "b/1", "a/2", "b/2", "a/X")[0] == stored
+
+
+def test_what_a_split_left_out_stays_out() -> None:
+    everything = [name for part in SPLIT.values() for name in part]
+    split, _ = fit(Stored(SPLIT, left_out=["a/secret"]), *everything, "a/secret")
+    assert split == SPLIT
+
+
+def test_images_outside_the_pattern_of_a_split_are_groups_of_their_own() -> None:
+    everything = [name for part in SPLIT.values() for name in part]
+    split, _ = fit(Stored(SPLIT, r"(\d+)_"), *everything, "a/holiday")
+    assert split is not None and split["train"][-1] == "a/holiday"
+
+
+def test_the_record_of_a_split_says_how_it_was_drawn_for_good() -> None:
+    opt = DataOptions(seed=3, test_portion=0.3, group_pattern="x")
+    stored = Stored(SPLIT, r"(\d+)_", ("a/secret",), {"train": "8x8x3 ab"}, {"seed": 1, "test_portion": 0.1})
+    again = splits.of_record(json.loads(json.dumps(splits.to_record(stored, opt))))
+    assert again == stored._replace(portions={"seed": 1, "test_portion": 0.1, "train_portion": 0.5})
+    assert splits.of_record(SPLIT) == Stored(SPLIT)  # one made by hand
 
 
 @pytest.mark.parametrize(
@@ -42,6 +98,10 @@ def test_other_images_and_other_classes_are_other_data() -> None:
         ({"train": ["a/1_1", "a/1_1"]}, "more than once"),
         ({"valid": []}, "its list valid is empty"),
         ({"test": None}, "is no split.json"),
+        ({"test": "a/1"}, "is no split.json"),
+        ({"train": {"a/1": 1}}, "is no split.json"),
+        ({"group_pattern": "("}, "is no split.json"),
+        ({"group_pattern": 5}, "is no split.json"),
     ],
 )
 def test_what_is_no_partition_is_refused(changed: dict[str, object], message: str, tmp_path: Path) -> None:
