@@ -193,6 +193,8 @@ class Genotype:
             states = range(2, 2 + len(parts[kind]))
             if not isinstance(concat, list | tuple) or not concat or not all(_is_in(s, states) for s in concat):
                 raise ValueError(f"{kind}_concat {concat!r} names states of {list(states)}, at least one")
+            if len({*concat}) < len(concat):
+                raise ValueError(f"{kind}_concat {concat!r} names a state twice")
             parts[f"{kind}_concat"] = tuple(concat)
         return cls(**parts, space=space)
 

@@ -1,5 +1,6 @@
 """Reload a search's checkpoint, print its state and the derived genotype, and draw both cells."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -36,8 +37,10 @@ class InspectOptions(DeployedOptions):
     def check(self) -> None:
         """Raise UserError where a value is not allowed."""
         super().check()
-        if self.epoch != "last" and not self.epoch.isdigit():
+        if self.epoch != "last" and not re.fullmatch("[0-9]+", self.epoch):
             raise UserError(f"--epoch {self.epoch} is neither a number nor last")
+        if Path(self.experiment).name != self.experiment:
+            raise UserError(f"--experiment {self.experiment} is not the name of a folder; give --experiments_dir too")
 
 
 class Inspected(NamedTuple):
@@ -123,7 +126,7 @@ def _report(content: dict[str, Any], run: ConstraintOptions, alphas: list[Any], 
     print(f"entropy     normal {found[0]:.2f}, reduce {found[1]:.2f} nats (uniform: {uniform:.2f})")
     leads = [sampling.margin(alpha).item() for alpha in alphas]
     print(f"margin      normal {leads[0]:.3f}, reduce {leads[1]:.3f}: the lead of the likeliest op, mean over edges")
-    if warning := search.undecided(*leads):
+    for warning in search.doubts(genotype, run.layers, *leads):
         print(warning)
     print("genotype    an op:input for each edge kept")
     for kind, nodes, _ in genotype.cells():

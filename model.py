@@ -40,6 +40,20 @@ class ChildCell(nn.Module):
         return torch.cat([states[state].x for state in self.concat], 1)
 
 
+def sees_images(genotype: Genotype, layers: int) -> bool:
+    """Whether anything of an image reaches the classifier of a network of so many cells: not through nodes of zeros."""
+    before = last = True
+    for plan in cell_plan(1, layers, 1):
+        nodes, concat = (
+            (genotype.reduce, genotype.reduce_concat) if plan.reduction else (genotype.normal, genotype.normal_concat)
+        )
+        states = [before, last]
+        for node in nodes:
+            states.append(any(states[source] for _, source in node))
+        before, last = last, any(states[state] for state in concat)
+    return last
+
+
 class AuxiliaryHead(nn.Sequential):
     """A second classifier on the features at 2/3 of the depth (DARTS's form), for training only.
 

@@ -19,6 +19,7 @@ import utils
 import visualize
 from loading import splits
 from loading.batches import Batches, DataInfo
+from model import sees_images
 from model_search import Network
 from objective import Objective
 from options.default_option import TrainOptions
@@ -156,7 +157,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
         except OSError as error:  # the search itself has ended well
             print(f"note: the cells are not drawn: {options.in_words(error)}")
         print(f"genotype {run.folder / 'genotype.json'}")
-        if warning := undecided(*(sampling.margin(alpha).item() for alpha in learner.network.alphas())):
+        for warning in doubts(genotype, opt.layers, *(sampling.margin(a).item() for a in learner.network.alphas())):
             print(warning)
         print(f"pictures {', '.join(str(path) for path in pictures)}")
         return Found(run.folder, genotype, row, pictures)
@@ -214,16 +215,26 @@ def evaluate_z(network: Network, z: Z, autocast: torch.autocast, calibration: Ba
         return evaluation.evaluate(forward, batches)
 
 
-def undecided(margin_normal: float, margin_reduce: float) -> str:
-    """A warning if a search has decided nothing (see sampling.margin), so that its genotype is one of many; or ""."""
-    least = min(margin_normal, margin_reduce)
-    if least >= _DECIDED:
-        return ""
-    return (
-        f"warning: the search has not decided: in one of the cells the likeliest operation of an edge leads the second "
-        f"by {100 * least:.1f} % on average, so that the genotype is little more than chance; "
-        "search longer (--epochs) or raise --arch_learning_rate"
-    )
+def doubts(genotype: genotypes.Genotype, layers: int, margin_normal: float, margin_reduce: float) -> list[str]:
+    """Warnings, if there is a reason, that a search's genotype is of no use.
+
+    Args:
+        genotype: of the child. layers: cells of the search.
+        margin_normal, margin_reduce: of alpha, see sampling.margin.
+    """
+    least, found = min(margin_normal, margin_reduce), []
+    if not sees_images(genotype, layers):
+        found.append(
+            "warning: the cell lets nothing of an image through: all paths are cut by none; "
+            "take a larger budget, a lower --eta, or search longer"
+        )
+    if least < _DECIDED:
+        found.append(
+            f"warning: the search has not decided: in one of the cells the likeliest operation of an edge leads the "
+            f"second by {100 * least:.1f} % on average, so that the genotype is little more than chance; "
+            "search longer (--epochs) or raise --arch_learning_rate"
+        )
+    return found
 
 
 def summarise(row: Mapping[str, Any], objective: Objective) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,36 +80,42 @@ def run_export(opt: ExportOptions) -> Exported:
     cards = [path.with_name(f"{path.name}.{ending}") for ending in ("md", "json")]
     cards.append(path.with_name(f"{path.stem}_{opt.format}.py"))
     with nullcontext() if opt.out else one_writer(path.parent, "name a file elsewhere with --out"):
-        for file in (path, *cards):
-            if file.exists():
-                raise UserError(f"{file} exists; name another file with --out")
+        _check_free(path, *cards)
         network, genotype = source.load_child(content)
         info = DataInfo(**content["data"])
         model = Classifier(network, info, 255 if opt.input == "uint8" else 1).eval()
         images, kind = _images(opt, content, info)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write = _export_onnx if opt.format == "onnx" else _export_pt2
-        try:
-            predict = write(model, images, path, _metadata(info, opt))
+        # Made and checked in a folder of its own, so that nothing unchecked is left behind, whatever ends this process.
+        with TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as name:
+            made, *described = (Path(name) / file.name for file in (path, *cards))
+            write = _export_onnx if opt.format == "onnx" else _export_pt2
+            predict = write(model, images, made, _metadata(info, opt))
             difference = _compare(model, predict, images)
-            utils.write_atomic(cards[2], _program(path))
+            utils.write_atomic(described[2], _program(path))
             if kind == "test images":
-                _compare_files(cards[2], content, opt, images)
-        except BaseException:  # what is not checked is not left behind
-            for file in (path, cards[2]):
-                file.unlink(missing_ok=True)
-            raise
-        print(f"compared with the model on {len(images)} {kind}: largest difference of a logit {difference:.2e}")
-        checked = {
-            "largest_difference": difference,
-            "compared_on": f"{len(images)} {kind}",
-            "latency": _latency(predict, images[:1].numpy(), opt.format),
-        }
-        card = _card(opt, path, content, genotype) | checked | {"test": _test_figures(content, weights.parent)}
-        utils.write_atomic(cards[1], json.dumps(card, indent=1) + "\n")
-        utils.write_atomic(cards[0], _markdown(card))
+                _compare_files(described[2], content, opt, images, model)
+            print(f"compared with the model on {len(images)} {kind}: largest difference of a logit {difference:.2e}")
+            checked = {
+                "largest_difference": difference,
+                "compared_on": f"{len(images)} {kind}",
+                "latency": _latency(predict, images[:1].numpy(), opt.format),
+            }
+            test = _test_figures(weights.parent / "test.json", source.fingerprint(network))
+            card = _card(opt, path, content, genotype) | checked | {"test": test}
+            utils.write_atomic(described[1], json.dumps(card, indent=1) + "\n")
+            utils.write_atomic(described[0], _markdown(card))
+            _check_free(path, *cards)  # again: another export may have been faster
+            for file, target in zip((made, *described), (path, *cards), strict=True):
+                file.replace(target)
         print(f"written  {path}, {', '.join(map(str, cards))}")
         return Exported(path, cards, card)
+
+
+def _check_free(*files: Path) -> None:
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists; name another file with --out")
 
 
 def _compare(model: Classifier, predict: Predict, images: Tensor) -> float:
@@ -128,19 +135,25 @@ def _program(path: Path) -> str:
     return f"{first}\n\n{second}".replace('MODEL = "child.onnx"', f"MODEL = {json.dumps(path.name)}")
 
 
-def _compare_files(written: Path, content: Mapping[str, Any], opt: ExportOptions, images: Tensor) -> None:
-    """The program's own way from some of the files to pixels against those of training; raises UserError."""
+def _compare_files(
+    written: Path, content: Mapping[str, Any], opt: ExportOptions, images: Tensor, model: Classifier
+) -> None:
+    """The program's own way from some of the files to pixels and guesses against the model's; raises UserError."""
     folder = Path(opt.dataset or content["options"]["dataset"])
-    files = [folder / name for name in content["split"]["test"][: min(len(images), 32)]]
-    if not files[0].is_file():  # a named data set
+    names = content["split"]["test"][: min(len(images), 32)]
+    if not (folder / names[0]).is_file():  # a named data set
         return
     info = DataInfo(**content["data"])
     height, width = info.image_size
     module = runpy.run_path(str(written))
-    for file, wanted in zip(files, images, strict=False):
-        got = module["preprocess"](file, "L" if info.channels == 1 else "RGB", (width, height), info.white)
-        if not np.array_equal(got[0], (wanted if opt.input == "uint8" else wanted * 255).round().byte().numpy()):
-            raise UserError(f"the program beside the exported file reads {file} otherwise than training did")
+    with torch.no_grad():
+        shares = model(images[: len(names)]).softmax(-1).max(-1).values.tolist()
+    for name, wanted, share in zip(names, images, shares, strict=False):
+        got = module["preprocess"](folder / name, "L" if info.channels == 1 else "RGB", (width, height), info.white)
+        same = np.array_equal(got[0], (wanted if opt.input == "uint8" else wanted * 255).round().byte().numpy())
+        if not same or abs(module["classify"]([str(folder / name)])[0][1] - share) > 1e-3:
+            what = "guesses otherwise about" if same else "has other pixels of"
+            raise UserError(f"the program beside the exported file {what} {folder / name} than the model")
 
 
 def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: Genotype) -> dict[str, Any]:
@@ -185,7 +198,10 @@ def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> t
     stored = replace(stored, dataset=opt.dataset or stored.dataset, data_dir=opt.data_dir)
     try:
         data = Data(stored, content["split"], like=info)
-        images, kind = data.pixels[data.indices["test"][: max(2, opt.check_images)]], "test images"
+        tested = data.indices["test"][: max(2, opt.check_images)]
+        if not len(tested):
+            raise UserError("the split has no test images")
+        images, kind = data.pixels[tested], "test images"
     except UserError as error:
         if opt.dataset:
             raise UserError(f"{error.problem}; give the data that the child was trained on") from None
@@ -213,7 +229,7 @@ def _export_onnx(model: Classifier, images: Tensor, path: Path, metadata: Mappin
 
     torch.onnx.export(
         model,
-        (images[:2],),
+        (images[[0, -1]],),
         path,
         dynamo=True,
         external_data=False,
@@ -231,7 +247,7 @@ def _export_onnx(model: Classifier, images: Tensor, path: Path, metadata: Mappin
 
 
 def _export_pt2(model: Classifier, images: Tensor, path: Path, metadata: Mapping[str, str]) -> Predict:
-    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(model, (images[[0, -1]],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
     loaded = torch.export.load(path).module()
 
@@ -258,13 +274,18 @@ def _latency(predict: Predict, image: np.ndarray[Any, Any], kind: str) -> dict[s
     }
 
 
-def _test_figures(content: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+def _test_figures(path: Path, weights: str) -> dict[str, Any] | None:
     """acc, balanced_acc, ece, per-class accuracies and number of images of test.json, if it is of these weights."""
-    path = folder / "test.json"
-    if content["epoch"] != content["options"]["epochs"] or not path.is_file():
+    if not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return {name: stored[name] for name in ("acc", "balanced_acc", "ece", "test_images", "per_class_acc")}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["weights"] == weights:
+            return {name: stored[name] for name in ("acc", "balanced_acc", "ece", "test_images", "per_class_acc")}
+    except (ValueError, KeyError, TypeError):
+        pass
+    print(f"note: {path} does not say that it is of these weights; the card has no accuracies")
+    return None
 
 
 def _markdown(card: Mapping[str, Any]) -> str:

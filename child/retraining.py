@@ -20,7 +20,7 @@ from genotypes import Genotype
 from loading import splits
 from loading.batches import Data, DataInfo
 from loading.splits import Given, Stored
-from model import ChildNetwork
+from model import ChildNetwork, sees_images
 from options import UserError
 from options.child_option import ChildOptions
 from resources.cost import Deployed
@@ -88,6 +88,8 @@ def run_retrain(opt: ChildOptions) -> Tested:
         _check_test_images(run, known)
         stored = run.loaded and Genotype.from_dict(run.loaded["extra"]["genotype"])
         genotype = stored or source.find_genotype(opt, run.data.info)
+        if not sees_images(genotype, opt.layers):
+            raise UserError(f"--genotype {opt.genotype}: the cell lets nothing of an image through to the classifier")
         run.extra["genotype"] = genotype.to_dict()
         learner = make_learner(opt, _initial(run, opt, genotype))
         if learner.average is not None:
@@ -245,6 +247,7 @@ def _test(run: Run[ChildOptions], network: ChildNetwork, genotype: Genotype) -> 
         **test_figures(*evaluation.predict(_logits(run, network), run.batches("test")), info.classes),
         **Deployed.of(info, opt.init_channels, opt.layers, opt.stem).price(genotype),
         "seed": opt.seed,
+        "weights": source.fingerprint(network),
         "train_images": len(run.data.indices["train"]),
         "genotype": genotype.to_dict(),
     }

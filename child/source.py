@@ -1,8 +1,10 @@
 """The child of a genotype: finding the genotype, making the network, giving it weights."""
 
 import ast
+import hashlib
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ from options.child_option import ChildOptions
 from resources.cost import Deployed
 from training import checkpoint
 
-_WEIGHTS = ".pt"  # the ending of checkpoints
 _TRIES = 20_000  # draws of random:SEED with --match_params
 
 
@@ -70,7 +71,10 @@ def find_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
         return _of_checkpoint(checkpoint.path_of(folder, "weights", opt.genotype_epoch))
     for path in (Path(name), folder / "genotype.json"):
         if path.is_file():
-            return _of_checkpoint(path) if path.suffix == _WEIGHTS else read_genotype(path)
+            return _of_checkpoint(path) if _is_checkpoint(path) else read_genotype(path)
+    file, _, cell = name.rpartition(":")
+    if Path(file).is_file():
+        return read_genotype(Path(file), cell)
     raise UserError(
         f"--genotype {name} is no experiment in {opt.experiments_dir} that ended, no file, and none of "
         f"{', '.join(genotypes.GENOTYPES)}, random:SEED; --genotype_epoch takes that of an epoch"
@@ -84,6 +88,12 @@ def _of_checkpoint(path: Path) -> Genotype:
     if content.get("stem") != "weights":
         raise UserError(f"--genotype {path} is a child's checkpoint, not a search's")
     return genotypes.derive(state["alpha_normal"], state["alpha_reduce"], content["options"]["space"])
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whatever its name: these begin as archives do, and a cell is text."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def searches(opt: ChildOptions) -> dict[str, Stored | None]:
@@ -100,49 +110,111 @@ def _split_of(*places: Path) -> Stored | None:
     """That of the first place that exists: a checkpoint, a file beside a split.json, or an experiment."""
     place = next((place for place in places if place.exists()), places[-1])
     folder = place.parent if place.is_file() else place
-    if not (place.is_file() and place.suffix == _WEIGHTS) and (folder / "split.json").is_file():
+    if not (place.is_file() and _is_checkpoint(place)) and (folder / "split.json").is_file():
         return splits.read_split(folder / "split.json", "the search's split")
     weights = place if place.is_file() else checkpoint.newest(place, "weights")
-    if weights is None or weights.suffix != _WEIGHTS:
+    if weights is None or not _is_checkpoint(weights):
         return None
     return splits.of_record(checkpoint.load(weights)["split"])
 
 
-def read_genotype(path: Path) -> Genotype:
+def fingerprint(network: ChildNetwork) -> str:
+    """A digest of the weights of a child, its auxiliary head apart."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, value in sorted(network.state_dict().items()):
+        if not name.startswith("auxiliary."):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_genotype(path: Path, name: str = "") -> Genotype:
     """A genotype.json; or the forms in which DARTS and its successors give cells away.
 
-    These are Python's `Genotype(normal=[("sep_conv_3x3", 0), ...], normal_concat=range(2, 6), ...)`, also after a name
-    and "=", and the same as JSON: a flat list of two pairs a node.
+    These are Python's `Genotype(normal=[("sep_conv_3x3", 0), ...], normal_concat=range(2, 6), ...)`, anywhere in the
+    file, and the same as JSON: a flat list of two pairs a node.
 
+    Args:
+        path: the file. name: of the cell, where a file has several: NAME = Genotype(...).
     Raises:
         UserError: with one line that names the cell, node and edge at fault.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        raw = _printed(text) if "Genotype(" in text else json.loads(text)
-        for kind in ("normal", "reduce"):
-            cell = raw.get(kind) if isinstance(raw, dict) else None
-            if cell and all(len(pair) == 2 and isinstance(pair[0], str) for pair in cell):  # flat
-                raw[kind] = [cell[first : first + 2] for first in range(0, len(cell), 2)]
+        raw = _printed(text, name) if _CALL.search(text) else json.loads(text)
+        if isinstance(raw, dict):
+            _unflatten(raw)
         return Genotype.from_dict(raw)
     except json.JSONDecodeError as error:
-        raise UserError(f"--genotype {path}: not JSON: {error}") from None
-    except (ValueError, OSError, TypeError, SyntaxError) as error:
+        raise UserError(f"--genotype {path}: neither JSON nor Genotype(normal=...): {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--genotype {path} is no text") from None
+    except (ValueError, OSError) as error:
         raise UserError(f"--genotype {path}: {error}") from None
 
 
-def _printed(text: str) -> dict[str, Any]:
-    """Genotype(...) as a mapping; nothing of it is run."""
-    call = next((node for node in ast.walk(ast.parse(text.strip())) if isinstance(node, ast.Call)), None)
-    if call is None or call.args or not isinstance(call.func, ast.Name) or call.func.id != "Genotype":
-        raise ValueError("it is not Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...)")
+_CALL = re.compile(r"(?:(\w+)\s*=\s*)?\b(?:\w+\.)*Genotype\s*\((?=\s*normal\b)")
+
+
+def _printed(text: str, name: str) -> dict[str, Any]:
+    """NAME = Genotype(...) of a text as a mapping; nothing of it is run. Raises ValueError."""
+    found = {match[1] or "": _call(text[match.end() :]) for match in _CALL.finditer(text)}
+    if name and name not in found:
+        raise ValueError(
+            f"it has no {name} = Genotype(...), but {', '.join(filter(None, found)) or 'one without a name'}"
+        )
+    cells = [found[name]] if name else list(found.values())
+    if any(cell != cells[0] for cell in cells) or (not name and len(_CALL.findall(text)) > len(found)):
+        raise ValueError(f"it has several cells ({', '.join(filter(None, found))}); give FILE:NAME, or a file with one")
+    return cells[0]
+
+
+def _call(text: str) -> dict[str, Any]:
+    """The arguments of a call, given the text after its parenthesis."""
+    depth = end = 0
+    while depth >= 0:
+        if end == len(text):
+            raise ValueError("the parenthesis of Genotype( is never closed")
+        depth += (text[end] in "([") - (text[end] in ")]")
+        end += 1
 
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
-            return list(range(*map(ast.literal_eval, node.args)))
+            ends = [ast.literal_eval(argument) for argument in node.args]
+            if not all(isinstance(number, int) and abs(number) < 1000 for number in ends):
+                raise ValueError
+            return list(range(*ends))
         return ast.literal_eval(node)
 
-    return {str(keyword.arg): value(keyword.value) for keyword in call.keywords}
+    try:
+        call = ast.parse(f"Genotype({text[:end]}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args:
+            raise ValueError
+        return {str(keyword.arg): value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError):
+        raise ValueError("it is not Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...)") from None
+
+
+def _unflatten(raw: dict[str, Any]) -> None:
+    """Give each node its pairs where a cell is a flat list of two a node, and a space that has all operations."""
+    ops: set[str] = set()
+    for kind in ("normal", "reduce"):
+        cell = raw.get(kind)
+        if not isinstance(cell, list | tuple):
+            continue
+        pairs = [
+            pair for pair in cell if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        ]
+        if cell and len(pairs) == len(cell):
+            if len(cell) % 2:
+                raise ValueError(f"{kind} has {len(cell)} pairs, an odd number: a node has two")
+            raw[kind] = [cell[first : first + 2] for first in range(0, len(cell), 2)]
+        else:
+            pairs = [pair for node in cell if isinstance(node, list | tuple) for pair in node]
+        ops |= {pair[0] for pair in pairs if isinstance(pair, list | tuple) and pair and isinstance(pair[0], str)}
+    fitting = [space for space, names in genotypes.SPACES.items() if ops <= {*names}]
+    if fitting and "space" not in raw:
+        raw["space"] = fitting[0]
 
 
 def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:

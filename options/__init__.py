@@ -114,8 +114,25 @@ def _check_config_files(parser: _Parser, arguments: Sequence[str]) -> None:
 
 def save(options: Any, path: Path, head: str) -> None:
     """Write the resolved options as YAML that --config reads back; `head` becomes its first comment line."""
-    text = yaml.safe_dump(to_dict(options), sort_keys=False, allow_unicode=True)
-    path.write_text(f"# {head}\n{text}", encoding="utf-8")
+    text = yaml.dump(to_dict(options), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(f"# {head}\n{text}", encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text that a reader might take for a number is quoted: jsonargparse reads more of these than YAML does."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    numeral = re.fullmatch(r"[-+.0-9_xobeEa-fA-F:]+|[-+]?\.?(inf|nan)", text, re.IGNORECASE)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if numeral else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def to_dict(options: Any) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """The options of export_model.py."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt
+
+from options import UserError
 
 
 @dataclass(frozen=True)
@@ -26,3 +29,8 @@ class ExportOptions:
     """Where runs lie."""
     data_dir: str = "data"
     """Where data sets called by name lie."""
+
+    def check(self) -> None:
+        """Raise UserError where values do not go together."""
+        if self.out is not None and Path(self.out).suffix != f".{self.format}":
+            raise UserError(f"--out {self.out} does not end in .{self.format}, by which the file is known")

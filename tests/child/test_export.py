@@ -166,7 +166,7 @@ def test_a_program_that_reads_otherwise_than_training_is_not_kept(
     monkeypatch.setattr(
         export, "_program", lambda *given: real(*given).replace(".convert(mode)", ".convert(mode).rotate(90)")
     )
-    with pytest.raises(UserError, match="otherwise than training did"):
+    with pytest.raises(UserError, match="has other pixels of"):
         export_model.main(trained)
     assert not list((Path(trained[0].split("=")[1]) / "again").glob("child*onnx*"))
 
@@ -197,6 +197,34 @@ def test_without_the_data_random_images_are_compared(
     assert "give --dataset" in capsys.readouterr().out
 
 
+def test_what_lies_beside_is_not_taken_for_what_it_is_not(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "experiments" / "again"
+    for number, text in enumerate(("{}", "none", "[]", '{"weights": "0"}')):
+        (folder / "test.json").write_text(text)
+        exported = export_model.main([*trained, f"--out={tmp_path}/{number}.onnx"])
+        assert exported.card["test"] is None and "does not say that it is of these weights" in capsys.readouterr().out
+
+
+def test_a_single_test_image_is_enough(searched: list[str], tiny: Path, tmp_path: Path) -> None:
+    names = sorted(str(path.relative_to(tiny)) for path in tiny.rglob("*.png"))
+    (tmp_path / "one.json").write_text(json.dumps({"train": names[1:30], "valid": names[30:], "test": names[:1]}))
+    retrain.main([*searched, "--genotype=SNAS_mild", f"--split={tmp_path}/one.json", "--epochs=1"])
+    for kind in ("onnx", "pt2"):
+        exported = export_model.main(
+            [f"--experiments_dir={tmp_path}/experiments", "--checkpoint=again", f"--format={kind}"]
+        )
+        assert exported.card["compared_on"] == "1 test images"
+
+
+def test_an_ending_of_another_format_is_refused(trained: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("m.bin", "m", "m.pt2"):
+        with pytest.raises(SystemExit):
+            export_model.main([*trained, f"--out={name}"])
+        assert "does not end in .onnx" in capsys.readouterr().err
+
+
 def test_a_file_that_computes_something_else_is_not_kept(trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     real = export._export_onnx
     monkeypatch.setattr(export, "_export_onnx", lambda *a: lambda pixels: real(*a)(pixels) + 1)
@@ -208,6 +236,7 @@ def test_a_file_that_computes_something_else_is_not_kept(trained: list[str], mon
 def test_an_earlier_epoch_does_not_carry_the_figures_of_the_last(trained: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "experiments" / "again"
     content = checkpoint.load(folder / "child_epoch_3.pt")
+    content["parts"]["network"]["classifier.bias"] += 1
     checkpoint.save(folder / "child_epoch_2.pt", {**content, "epoch": 2})
     exported = export_model.main([trained[0], f"--checkpoint={folder}/child_epoch_2.pt"])
     assert exported.card["test"] is None

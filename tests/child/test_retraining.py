@@ -392,12 +392,12 @@ def test_the_cell_of_an_epoch_is_handed_on(searched: list[str], tmp_path: Path) 
             [f"--genotype={experiments}/kept/weights_epoch_1.pt"])  # fmt: skip
     for number, way in enumerate(ways):
         assert retrain.main([*searched, *way, f"--name=way{number}", "--epochs=1"]).genotype == shown
-    with pytest.raises(UserError, match="is not kept in .*kept; it has 1, 2"):
+    with pytest.raises(UserError, match=r"is not kept in .*kept; it has 1, 2"):
         retrain.main([*searched, "--genotype=kept", "--genotype_epoch=9", "--name=none"])
 
 
 def test_other_labelled_images_are_tested_as_the_network_was_trained(
-    searched: list[str], tiny: Path, tmp_path: Path
+    searched: list[str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without repeating the options of the training; means and deviations are those of the checkpoint."""
     tested = retrain.main([*searched, "--image_size=7"])
@@ -432,3 +432,10 @@ def test_other_labelled_images_are_tested_as_the_network_was_trained(
     assert "28 of these 36 images have the names of training images" in capsys.readouterr().out
     grey = write_images(tmp_path / "grey", mode="L")
     assert retrain.main([*where[:3], f"--test_folder={grey}"]).figures["test_images"] == 36  # as three channels
+
+
+def test_a_cell_that_lets_nothing_through_is_refused(searched: list[str], tmp_path: Path) -> None:
+    blind = {"normal": [[]], "normal_concat": [2], "reduce": [[["skip_connect", 0]]], "reduce_concat": [2]}
+    (tmp_path / "blind.json").write_text(json.dumps(blind))
+    with pytest.raises(UserError, match="lets nothing of an image through to the classifier"):
+        retrain.main([*searched, f"--genotype={tmp_path}/blind.json"])
