@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     import genotypes
     import utils
     import visualize
-    from loading.batches import DataInfo
+    from loading.sets import DataInfo
     from resources.cost import Deployed
     from training import checkpoint
 

@@ -18,7 +18,8 @@ import sampling
 import utils
 import visualize
 from loading import splits
-from loading.batches import Batches, DataInfo
+from loading.batches import Batches
+from loading.sets import DataInfo
 from model import sees_images
 from model_search import Network
 from objective import Objective

@@ -23,7 +23,7 @@ import options
 import utils
 from benchmarks import record
 from benchmarks.record import Rounds
-from loading import images
+from loading import folders
 
 CODE = """
 import sys, time
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _link(source: Path, target: Path, copies: int) -> int:
-    folder = images.scan(source)
+    folder = folders.scan(source)
     for name in folder.files:
         for copy in range(copies):
             path = target / name

@@ -20,7 +20,8 @@ import utils
 from child import program, source
 from genotypes import Genotype
 from loading import pixels
-from loading.batches import Data, DataInfo
+from loading.batches import Data
+from loading.sets import DataInfo
 from options import UserError
 from options.child_option import ChildOptions
 from options.export_option import ExportOptions

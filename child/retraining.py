@@ -18,7 +18,8 @@ import utils
 from child import source
 from genotypes import Genotype
 from loading import splits
-from loading.batches import Data, DataInfo
+from loading.batches import Data
+from loading.sets import DataInfo
 from loading.splits import Given, Stored
 from model import ChildNetwork, sees_images
 from options import UserError

@@ -16,7 +16,7 @@ import options
 import utils
 from genotypes import Genotype
 from loading import splits
-from loading.batches import DataInfo
+from loading.sets import DataInfo
 from loading.splits import Stored
 from model import ChildNetwork
 from model_search import Network

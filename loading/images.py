@@ -1,133 +1,31 @@
-"""A folder of images, one subfolder per class, decoded once into a uint8 tensor (N, C, H, W)."""
+"""The images of a folder, decoded once into a uint8 tensor (N, C, H, W)."""
 
 import math
 import os
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import utils
 from loading import kept, pixels
+from loading.folders import ImageFolder, formats
 from loading.kept import Decoded
 from options import UserError
 
-_NEEDS_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but cannot read alone
-_SPLITS = re.compile(r"(train|val|test|eval|dev|unlabell?ed)(ing|id|idation)?(?![a-z])")  # of a folder's name
 _FORMAT = 2  # of the kept arrays; to be raised when decoding changes
 _LONG = 3.0  # seconds of decoding that are worth keeping
+_PAGED = {"GIF", "PNG", "TIFF", "WEBP"}  # formats of several pages or frames
 _DARK = 4.0  # times the brightness of half of the images, from which on the brightest is told
 
 
 Size = tuple[int, int]  # width, height
-
-
-class ImageFolder(NamedTuple):
-    """What lies in a data folder: the class names and, in order, the files with their classes."""
-
-    root: Path
-    classes: list[str]
-    files: list[str]  # relative to root, with forward slashes
-    labels: list[int]
-    left_out: str = ""  # in words
-    option: str = "--dataset"  # where it was asked for
-
-
-@cache
-def formats() -> dict[str, tuple[str, ...]]:
-    """The endings, in lower case, of the files that Pillow reads: each with its formats, the likeliest first.
-
-    (All of them are registered here; in Pillow's order a folder of TIFFs took a seventh longer to decode.)
-    """
-    known = Image.registered_extensions()
-    able = [kind for kind in Image.ID if kind not in _NEEDS_MORE]
-    return {end: (kind, *(other for other in able if other != kind)) for end, kind in known.items() if kind in able}
-
-
-def scan(root: Path, names: Iterable[str] = (), option: str = "--dataset") -> ImageFolder:
-    """List a folder with one subfolder of images per class, at any depth, linked folders too, hidden ones left out.
-
-    Args:
-        names: what might have been meant instead.
-        option: where it was asked for; to be tested on, one class does.
-
-    Raises:
-        UserError: no such folder, fewer than two classes, a class without an image, or splits in place of classes.
-    """
-    if not root.is_dir():
-        raise UserError(
-            f"{option} {root}: no such folder; give a folder with one subfolder of images per class"
-            + "".join(f", or {name}" for name in names)
-        )
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-    parts = {match[1] for path in folders if (match := _SPLITS.match(path.name.lower()))}
-    if len(parts) > 1:
-        raise UserError(
-            f"{option} {root}: its folders {', '.join(path.name for path in folders)} are splits, not classes; "
-            "give a folder with one subfolder per class, and --split with a file of the lists train, valid and test"
-        )
-    files: list[str] = []
-    labels: list[int] = []
-    others: Counter[str] = Counter()
-    for label, folder in enumerate(folders):
-        found = sorted(_files(str(folder), f"{folder.name}/", others, (os.path.realpath(root),)))
-        if not found and option != "--dataset":
-            others["empty class folder"] += 1
-        elif not found:
-            left = f" but {_in_words(others)}" if others else ""
-            raise UserError(
-                f"{option} {root}: the class folder {folder.name!r} holds no images{left}; fill it or remove it"
-            )
-        files += found
-        labels += [label] * len(found)
-    least = 2 if option == "--dataset" else 1
-    if len(folders) < least or not files:
-        raise UserError(
-            f"{option} {root}: {len(folders) if files else 0} class folders with images found, at least {least} "
-            "are needed; each subfolder is a class"
-        )
-    return ImageFolder(root, [folder.name for folder in folders], files, labels, _in_words(others), option)
-
-
-def _in_words(others: Mapping[str, int]) -> str:
-    """50 .jfif, 1 .db."""
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(others.items()))
-
-
-def _files(folder: str, prefix: str, others: Counter[str], above: tuple[str, ...]) -> Iterator[str]:
-    """The images in a folder and below, as prefix + relative path, hidden ones left out.
-
-    Args:
-        others: counts what is left out.
-        above: the real folders around this one, into which no link may lead.
-    """
-    above = (*above, os.path.realpath(folder))
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            ending = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
-                if entry.is_symlink() and os.path.realpath(entry.path) in above:
-                    others["link into itself"] += 1
-                else:
-                    yield from _files(entry.path, f"{prefix}{entry.name}/", others, above)
-            elif not entry.is_file():
-                others["broken link"] += 1
-            elif ending in formats():
-                yield prefix + entry.name
-            else:
-                others[ending or "file without an ending"] += 1
 
 
 class _Values(NamedTuple):
@@ -143,7 +41,9 @@ class _Read(NamedTuple):
 
     size: tuple[int, int]  # H, W as shown, before resizing
     mode: str
-    values: _Values | None  # of an image with more than 8 bits, if it is not known what is white
+    values: _Values | None  # of an image with more than 8 bits
+    more: bool  # whether it has further pages or frames
+    narrowed: bool  # whether Pillow gives only the high byte of 16
     pixels: np.ndarray[Any, Any] | None  # uint8 (H, W) or (H, W, 3), resized; None if not decoded yet
 
 
@@ -182,15 +82,21 @@ def decode(
         return known
     start = time.perf_counter()
     images = _read_all(folder, size, max_ram_gb * 1e9, white)
-    notes: list[str] = []
+    notes = _odd_values(images, folder, white or {})
     if white is None:
-        white, notes = _white(images), _odd_values(images, folder)
+        white = _white(images, folder)
     else:
         path = _kept(folder, size, cache_dir, white)
     channels = 1 if all(image.mode in pixels.GREY for image in images) else 3
     shape = (len(images), channels, *_one_size(folder, images, size))
     if np.prod(shape) > max_ram_gb * 1e9:
-        found = kept.fill(path, shape, white, notes, lambda array: _fill(array, images, folder, size, white))
+        try:
+            found = kept.fill(path, shape, white, notes, lambda array: _fill(array, images, folder, size, white))
+        except OSError as error:
+            raise UserError(
+                f"the decoded images take {np.prod(shape) / 1e9:.3g} GB, more than --max_ram_gb {max_ram_gb:g}, and "
+                f"cannot be kept in {path.parent} ({error.strerror}); give another --cache_dir or more --max_ram_gb"
+            ) from None
         _trim(path, max_cache_gb)
         return found
     array = np.empty(shape, np.uint8)
@@ -212,30 +118,45 @@ def _trim(path: Path, most: float) -> None:
         print(f"images   {removed} older files of decoded images removed from {path.parent} (--max_cache_gb {most:g})")
 
 
-def _white(images: list[_Read]) -> dict[str, float]:
-    """The values of white pixels in the whole folder."""
-    wide = [(image.mode, image.values.top) for image in images if image.values]
-    floats = max((top for mode, top in wide if mode == "F"), default=0.0)
-    integers = max((top for mode, top in wide if mode != "F"), default=0.0)
-    return {"F": floats or 1.0, "I": max(255.0, 2.0 ** int(integers).bit_length() - 1)} if wide else {}
+def _white(images: list[_Read], folder: ImageFolder) -> dict[str, float]:
+    """The values of white pixels in the whole folder, of the kinds of numbers that there are."""
+    tops: dict[str, float] = {}
+    for image in images:
+        if image.values:
+            tops[_kind(image)] = max(tops.get(_kind(image), 0.0), image.values.top)
+    if tops.get("F", 1.0) <= 0:
+        raise UserError(
+            f"{folder.option} {folder.root}: no floating-point pixel is above 0, which is black; add to the numbers"
+        )
+    return {kind: top if kind == "F" else max(255.0, 2.0 ** int(top).bit_length() - 1) for kind, top in tops.items()}
 
 
-def _odd_values(images: list[_Read], folder: ImageFolder) -> list[str]:
-    """What there is to say about numbers of more than 8 bits: those that become black, those that make others dark."""
-    wide = [
-        (image.mode == "F", image.values, name)
-        for image, name in zip(images, folder.files, strict=True)
-        if image.values
+def _kind(image: _Read) -> str:
+    return "F" if image.mode == "F" else "I"
+
+
+def _odd_values(images: list[_Read], folder: ImageFolder, white: Mapping[str, float]) -> list[str]:
+    """What there is to say about what becomes black, white, or dark, and what is not read at all.
+
+    Args:
+        white: what has to be white, whatever the numbers are; empty if these decide.
+    """
+    named = [*zip(images, folder.files, strict=True)]
+    wide = [(_kind(image), image.values, name) for image, name in named if image.values]
+    groups = {
+        "have pixels below zero, which become black": [name for _, values, name in wide if values.below],
+        "have pixels that are no numbers, which become black": [name for _, values, name in wide if values.lacking],
+        "have pixels above what was white in training": [
+            name for kind, values, name in wide if values.top > white.get(kind, math.inf)
+        ],
+        "have several pages or frames, of which the first is taken": [name for image, name in named if image.more],
+        "have 16 bits a colour, of which the high 8 are taken": [name for image, name in named if image.narrowed],
+    }
+    notes = [
+        f"{len(names):,} of {len(images):,} images {words}, e.g. {names[0]}" for words, names in groups.items() if names
     ]
-    notes = []
-    for field, words in (("below", "below zero"), ("lacking", "that are no numbers")):
-        names = [name for _, values, name in wide if getattr(values, field)]
-        if names:
-            notes.append(
-                f"{len(names):,} of {len(images):,} images have pixels {words}, which become black, e.g. {names[0]}"
-            )
-    for kind in (True, False):
-        tops = sorted((values.top, name) for floats, values, name in wide if floats is kind)
+    for kind in () if white else ("F", "I"):
+        tops = sorted((values.top, name) for its, values, name in wide if its == kind)
         if tops and tops[-1][0] > _DARK * max(1e-30, median := tops[len(tops) // 2][0]):
             notes.append(
                 f"{tops[-1][1]} has pixels of {tops[-1][0]:.6g}, which set what is white, and half of the images stay "
@@ -292,11 +213,14 @@ def _fill(
 
 def _each(read: Callable[[str], _Read], folder: ImageFolder, names: Sequence[str]) -> Iterator[_Read | None]:
     """read(name) of the files, in order, in threads, with a bar; None for bad ones, which are named at the end."""
-    bad: list[str] = []
+    bad: dict[str, str] = {}
 
     def attempt(name: str) -> _Read | str:
         try:
             return read(name)
+        except MemoryError:  # not the file's fault
+            where = f"{folder.option} {folder.root}"
+            raise UserError(f"{where}: out of memory at {name}; take less of --image_size or --max_ram_gb") from None
         except Exception as error:  # Pillow and its decoders raise a dozen types for what they cannot read
             return " ".join(str(error).split()) or type(error).__name__
 
@@ -310,25 +234,29 @@ def _each(read: Callable[[str], _Read], folder: ImageFolder, names: Sequence[str
             names, tqdm(results, "decoding", len(names), unit="img", leave=False, disable=None, delay=1), strict=True
         ):
             if isinstance(result, str):
-                bad.append(name)
+                bad[name] = result
                 tqdm.write(f"cannot be read: {name}: {result}")
             yield None if isinstance(result, str) else result
     if bad:
-        some = ", ".join(bad[:5]) + (", ... (all of them are named above)" if len(bad) > 5 else "")
+        some = ", ".join([*bad][:5]) + (", ... (all of them are named above)" if len(bad) > 5 else "")
         raise UserError(
-            f"{folder.option} {folder.root}: {len(bad)} of {len(folder.files)} images cannot be read: {some}; "
-            "repair or remove them"
+            f"{folder.option} {folder.root}: {len(bad)} of {len(folder.files)} images cannot be read: {some} "
+            f"({next(iter(bad.values()))}); repair or remove them"
         )
 
 
 def _read(path: Path, size: Size | None, white: Mapping[str, float] | None = None) -> _Read:
     """One image, decoded if it has 8 bits a pixel or it is known what value is white."""
-    with Image.open(path, formats=formats().get(path.suffix.lower())) as opened:
-        image, mode = pixels.upright(opened), opened.mode
-        width, height = image.size
-        if mode in pixels.WIDE and white is None:
-            raw, values = np.asarray(image), pixels.values_of(image)
-            about = _Values(float(values.max()), bool(values.min() < 0), bool(np.isnan(raw).any()))
-            return _Read((height, width), mode, about, None)
-        ready = pixels.pixels_of(image, "L" if mode in pixels.GREY else "RGB", size, white or {})
-        return _Read((height, width), mode, None, ready)
+    with pixels.opened(path, formats().get(path.suffix.lower())) as opened:
+        mode, values = opened.mode, None
+        more = opened.format in _PAGED and getattr(opened, "n_frames", 1) > 1
+        narrowed = mode not in pixels.WIDE and ";16" in str(getattr(opened, "tile", ""))
+        image = pixels.upright(opened)
+        if mode in pixels.WIDE:
+            numbers = pixels.values_of(image)
+            lacking = bool(np.isnan(np.asarray(image)).any())
+            values = _Values(float(numbers.max()), bool(numbers.min() < 0), lacking)
+        ready = None
+        if values is None or white is not None:
+            ready = pixels.pixels_of(image, "L" if mode in pixels.GREY else "RGB", size, white or {})
+        return _Read((image.size[1], image.size[0]), mode, values, more, narrowed, ready)

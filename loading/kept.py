@@ -28,7 +28,7 @@ def load(path: Path) -> Decoded | None:
     try:
         told = json.loads(_beside(path).read_text(encoding="utf-8"))
         found = Decoded(_map(path), told["white"], told["notes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
     with suppress(OSError):
         os.utime(path)  # used just now

@@ -188,9 +188,8 @@ def make_split(names: list[str], labels: Tensor, classes: list[str], opt: DataOp
         return _new_split(names, labels.numpy(), classes, opt, official_test)
     how = (opt.seed, opt.test_portion, opt.train_portion, opt.group_pattern, official_test)
     path = utils.cached(opt.cache_dir, "{}.json", _FORMAT, how, names, labels.tolist())
-    if path.exists():
-        stored: Split = json.loads(path.read_text(encoding="utf-8"))
-        return stored
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return of_record(json.loads(path.read_text(encoding="utf-8"))).split
     split = _new_split(names, labels.numpy(), classes, opt, official_test)
     with suppress(OSError):  # it can be made again
         utils.write_atomic(path, json.dumps(split))

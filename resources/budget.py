@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loading.batches import DataInfo
+from loading.sets import DataInfo
 from model_search import Network
 from objective import Objective, Terms
 from options import UserError

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from genotypes import SPACES, CellPlan, Genotype, cell_plan, edge_list, find_op
-from loading.batches import DataInfo
+from loading.sets import DataInfo
 from options.constraint_option import ConstraintOptions
 
 Size = tuple[int, int]  # H, W

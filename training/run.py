@@ -229,7 +229,8 @@ def open_run(
 
 def _same_data(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     """Whether both are of the same images; the last digit of mean and deviation may differ between machines."""
-    both = [dict(info) for info in (now, {"white": now["white"], **then})]  # earlier runs have no white
+    white = now["white"] | {kind: value for kind, value in then.get("white", {}).items() if kind in now["white"]}
+    both = [dict(info) for info in (now, {**then, "white": white})]  # earlier runs have none, or of all kinds
     numbers = [[*info.pop("mean"), *info.pop("std")] for info in both]
     return both[0] == both[1] and all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(*numbers, strict=True))
 

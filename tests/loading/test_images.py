@@ -1,5 +1,7 @@
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +10,33 @@ import torch
 from pictures import write_images
 from PIL import Image
 
-from loading import images
+from loading import folders, images, pixels
 from options import UserError
 
 
-def folder_of(root: Path, files: dict[str, Image.Image]) -> images.ImageFolder:
+def folder_of(root: Path, files: dict[str, Image.Image]) -> folders.ImageFolder:
     for label, (name, image) in enumerate(files.items()):
         (root / f"c{label}").mkdir(parents=True, exist_ok=True)
         image.save(root / f"c{label}" / name)
-    return images.scan(root)
+    return folders.scan(root)
 
 
 def decode(
-    folder: images.ImageFolder, size: int | None = None, ram: float = 1.0, cache: Path = Path("/nowhere")
+    folder: folders.ImageFolder, size: int | None = None, ram: float = 1.0, cache: Path = Path("/nowhere")
 ) -> torch.Tensor:
     return images.decode(folder, (size, size) if size else None, ram, str(cache)).pixels
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a colour, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def ramp(top: int, dtype: type = np.uint8) -> np.ndarray:
@@ -74,7 +88,7 @@ def test_exif_rotation_is_applied(tmp_path: Path, ending: str) -> None:
     (tmp_path / "a").mkdir()
     image.save(tmp_path / "a" / f"1.{ending}", exif=exif, quality=100)
     folder_of(tmp_path, {"2.png": Image.new("RGB", (4, 6))})
-    got = decode(images.scan(tmp_path))
+    got = decode(folders.scan(tmp_path))
     assert got.shape == (2, 3, 6, 4)
     assert got[0, :, :, 3].min() > 200
     assert got[0, :, :, :2].max() < 50
@@ -97,20 +111,20 @@ def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "d" / "class1" / "0_1.png").write_text("not an image")
     (tmp_path / "d" / "class2" / "0_1.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"of 36 images cannot be read: .*class1/0_1.png.*class2/0_1.png"):
-        decode(images.scan(tmp_path / "d"))
+        decode(folders.scan(tmp_path / "d"))
 
 
 def test_scan_names_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        images.scan(tmp_path / "nowhere")
+        folders.scan(tmp_path / "nowhere")
     with pytest.raises(UserError, match="0 class folders"):
-        images.scan(tmp_path)
+        folders.scan(tmp_path)
     write_images(tmp_path / "d", classes=1)
     with pytest.raises(UserError, match="1 class folders"):
-        images.scan(tmp_path / "d")
+        folders.scan(tmp_path / "d")
     (tmp_path / "d" / "empty").mkdir()
     with pytest.raises(UserError, match="'empty' holds no images"):
-        images.scan(tmp_path / "d")
+        folders.scan(tmp_path / "d")
 
 
 def test_scan_skips_hidden_folders_and_other_files(tmp_path: Path) -> None:
@@ -123,14 +137,14 @@ def test_scan_skips_hidden_folders_and_other_files(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(root / "class0" / ".ipynb_checkpoints" / "0_0-checkpoint.png")
     (root / "class0" / "deep").mkdir()
     Image.new("RGB", (8, 8)).save(root / "class0" / "deep" / "z.JPG", "JPEG")
-    folder = images.scan(root)
+    folder = folders.scan(root)
     assert folder.classes == ["class0", "class1"]
     assert folder.files == ["class0/0_0.png", "class0/0_1.png", "class0/deep/z.JPG", "class1/0_0.png", "class1/0_1.png"]
     assert folder.labels == [0, 0, 0, 1, 1]
 
 
 def test_large_folders_are_mapped_and_the_file_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = images.scan(write_images(tmp_path / "d"))
+    folder = folders.scan(write_images(tmp_path / "d"))
     in_memory = decode(folder)
     mapped = decode(folder, ram=1e-9, cache=tmp_path / "cache")
     assert torch.equal(mapped, in_memory)
@@ -147,7 +161,7 @@ def test_large_folders_are_mapped_and_the_file_is_used_again(tmp_path: Path, mon
 def test_what_took_long_is_kept_and_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = images.scan(write_images(tmp_path / "d"))
+    folder = folders.scan(write_images(tmp_path / "d"))
     monkeypatch.setattr(images, "_LONG", 1e9)
     fresh = decode(folder, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -166,7 +180,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
 ) -> None:
     monkeypatch.setattr(images, "_LONG", 0.0)
     (tmp_path / "cache").write_text("a file is in the way")
-    assert decode(images.scan(write_images(tmp_path / "d")), cache=tmp_path / "cache").shape == (36, 3, 8, 8)
+    assert decode(folders.scan(write_images(tmp_path / "d")), cache=tmp_path / "cache").shape == (36, 3, 8, 8)
     assert "cannot be kept in" in capsys.readouterr().out
 
 
@@ -182,17 +196,17 @@ def test_what_is_left_out_is_counted_and_links_are_followed(tmp_path: Path) -> N
     (root / "class0" / "more").symlink_to(more / "class0")
     shutil.copy(root / "class0" / "0_0.png", root / "class0" / "photo.PNG")
     Image.open(root / "class0" / "0_0.png").save(root / "class0" / "photo.jfif", "JPEG")
-    folder = images.scan(root)
+    folder = folders.scan(root)
     assert folder.labels.count(0) == 4 + 4 + 2 and folder.labels.count(1) == 4
     assert "class0/more/0_0.png" in folder.files and "class0/photo.jfif" in folder.files
-    assert folder.left_out == "1 .db, 1 .mp4, 1 .txt, 1 broken link, 1 link into itself"
+    assert folder.left_out == "1 .db, 1 .mp4, 1 .txt, 1 broken link, 1 linked folder met before"
 
 
 def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
     for part in ("train", "val", "Test"):
         write_images(tmp_path / "d" / part)
     with pytest.raises(UserError, match="Test, train, val are splits, not classes; give"):
-        images.scan(tmp_path / "d")
+        folders.scan(tmp_path / "d")
 
 
 def test_a_class_of_other_files_names_them(tmp_path: Path) -> None:
@@ -200,7 +214,7 @@ def test_a_class_of_other_files_names_them(tmp_path: Path) -> None:
     (root / "clips").mkdir()
     (root / "clips" / "a.mp4").write_bytes(b"")
     with pytest.raises(UserError, match=r"'clips' holds no images but 1 \.mp4"):
-        images.scan(root)
+        folders.scan(root)
 
 
 def test_the_white_level_is_kept_with_the_pixels(tmp_path: Path) -> None:
@@ -209,7 +223,7 @@ def test_the_white_level_is_kept_with_the_pixels(tmp_path: Path) -> None:
     )
     first = images.decode(folder, None, 1e-9, str(tmp_path / "cache"))
     again = images.decode(folder, None, 1e-9, str(tmp_path / "cache"))
-    assert first.white == again.white == {"F": 1.0, "I": 4095.0} and torch.equal(first.pixels, again.pixels)
+    assert first.white == again.white == {"I": 4095.0} and torch.equal(first.pixels, again.pixels)
     next((tmp_path / "cache").glob("*.json")).unlink()  # what was white is read again
     assert images.decode(folder, None, 1e-9, str(tmp_path / "cache")).white == first.white
     given = images.decode(folder, None, 1.0, None, {"F": 1.0, "I": 8190.0})
@@ -259,7 +273,7 @@ def test_values_that_become_black_or_make_others_dark_are_told(tmp_path: Path) -
 
 
 def test_what_is_kept_has_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache, sets = tmp_path / "cache", [images.scan(write_images(tmp_path / f"d{n}")) for n in range(3)]
+    cache, sets = tmp_path / "cache", [folders.scan(write_images(tmp_path / f"d{n}")) for n in range(3)]
     for folder in sets:
         images.decode(folder, None, 1e-9, str(cache))
     (cache / "mine.npy").write_bytes(b"a file of the user's")
@@ -268,8 +282,59 @@ def test_what_is_kept_has_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[
         os.utime(path, (1e9 - age, 1e9 - age))
     again = images.decode(sets[0], None, 1e-9, str(cache))  # used, so it stays
     most = 2.5 * files[0].stat().st_size / 1e9
-    newest = images.decode(images.scan(write_images(tmp_path / "d3")), None, 1e-9, str(cache), None, most)
+    newest = images.decode(folders.scan(write_images(tmp_path / "d3")), None, 1e-9, str(cache), None, most)
     assert "2 older files of decoded images removed" in capsys.readouterr().out
     left = {path.name for path in cache.glob("*.npy")}
     assert len(left) == 3 and files[0].name in left and "mine.npy" in left
     assert len([*cache.glob("*.json")]) == 2 and again.pixels.shape == newest.pixels.shape
+
+
+@pytest.mark.parametrize("orientation", [3, 5, 6, 8])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_turned_tiff_is_turned_once(orientation: int, dtype: type, tmp_path: Path) -> None:
+    """Pillow maps uncompressed ones that are opened by name, and confuses their sides."""
+    meant = np.arange(12, dtype=dtype).reshape(3, 4) * 20
+    turned = {3: np.rot90(meant, 2), 5: meant.T, 6: np.rot90(meant, 1), 8: np.rot90(meant, -1)}[orientation]
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / label / "x.tif", tiffinfo={274: orientation})
+    found = images.decode(folders.scan(tmp_path), None, 1.0)
+    assert found.pixels[0, 0].tolist() == meant.tolist()
+    assert pixels.preprocess(tmp_path / "a" / "x.tif", "L", (4, 3), found.white)[0, 0].tolist() == meant.tolist()
+
+
+def test_white_is_known_of_kinds_that_were_there_alone(tmp_path: Path) -> None:
+    counts = folder_of(tmp_path / "counts", {f"{n}.png": Image.fromarray(ramp(4000, np.uint16)) for n in range(2)})
+    floats = folder_of(tmp_path / "floats", {f"{n}.tif": Image.fromarray(ramp(4000, np.float32)) for n in range(2)})
+    white = images.decode(counts, None, 1.0).white
+    assert white == {"I": 4095.0} and images.decode(floats, None, 1.0).white == {"F": 4000.0}
+    with pytest.raises(
+        UserError, match="floating-point numbers, the images of training had not: what is white is unknown"
+    ):
+        images.decode(floats, None, 1.0, None, white)
+    brighter = folder_of(tmp_path / "bright", {f"{n}.png": Image.fromarray(ramp(16000, np.uint16)) for n in range(2)})
+    notes = images.decode(brighter, None, 1.0, None, white).notes
+    assert notes == ["2 of 2 images have pixels above what was white in training, e.g. c0/0.png"]
+    with pytest.warns(UserWarning, match="above what was white in training"):
+        pixels.preprocess(brighter.root / "c0" / "0.png", "L", (4, 4), white)
+
+
+def test_numbers_that_say_nothing_are_refused(tmp_path: Path) -> None:
+    none, some = np.full((4, 4), np.nan, np.float32), ramp(9, np.float32)
+    with pytest.raises(UserError, match=r"c0/a.tif .none of its pixels is a number"):
+        decode(folder_of(tmp_path / "none", {"a.tif": Image.fromarray(none), "b.tif": Image.fromarray(some)}))
+    below = {f"{n}.tif": Image.fromarray(-some - 1) for n in range(2)}
+    with pytest.raises(UserError, match="no floating-point pixel is above 0"):
+        decode(folder_of(tmp_path / "below", below))
+
+
+def test_what_pillow_leaves_of_a_file_is_told(tmp_path: Path) -> None:
+    pages = [Image.new("L", (4, 4), value) for value in (50, 90)]
+    folder = folder_of(tmp_path, {"a.png": Image.new("L", (4, 4), 7), "b.png": Image.new("L", (4, 4), 9)})
+    pages[0].save(tmp_path / "c0" / "many.tif", save_all=True, append_images=pages[1:])
+    (tmp_path / "c1" / "deep.png").write_bytes(deep_png(np.full((4, 4, 3), 1000, np.uint16)))
+    notes = images.decode(folders.scan(folder.root), None, 1.0).notes
+    assert notes == [
+        "1 of 4 images have several pages or frames, of which the first is taken, e.g. c0/many.tif",
+        "1 of 4 images have 16 bits a colour, of which the high 8 are taken, e.g. c1/deep.png",
+    ]
