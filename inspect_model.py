@@ -65,8 +65,14 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     from resources.cost import Deployed
     from training import checkpoint
 
-    folder = Path(opt.experiments_dir) / opt.experiment
+    folder, place = Path(opt.experiments_dir) / opt.experiment, Path(opt.visualizations_dir) / opt.experiment
     content = checkpoint.load(_checkpoint_path(folder, opt))
+    if opt.visualize:
+        utils.claim(place, folder, "visualizations_dir")
+    if opt.out is not None:
+        if Path(opt.out).exists():
+            raise UserError(f"--out {opt.out} exists; name another file")
+        utils.writable(Path(opt.out).parent, "out")
     run = options.restore(ConstraintOptions, content["options"])  # those of main.py and more
     wanted = {field.name: getattr(opt, field.name) for field in fields(DeployedOptions)}
     run = replace(run, **{name: value for name, value in wanted.items() if value is not None})
@@ -80,13 +86,11 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     _report_costs(deployed, costs, content["metrics"])
     files: list[Path] = []
     if opt.out is not None:
-        if Path(opt.out).exists():
-            raise UserError(f"--out {opt.out} exists; name another file")
         utils.write_atomic(Path(opt.out), genotype.to_json() + "\n")
         print(f"written     {opt.out}")
     if opt.visualize:
         ending = f"_epoch_{content['epoch']}" + ("" if opt.rule == "argmax" else f"_{opt.rule}")
-        files = visualize.draw_genotype(genotype, Path(opt.visualizations_dir) / opt.experiment, ending, alphas)
+        files = visualize.draw_genotype(genotype, place, ending, alphas)
         print("pictures    " + ", ".join(str(path) for path in files))
     return Inspected(content["epoch"], content["metrics"], genotype, **costs, files=files)
 

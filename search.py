@@ -129,7 +129,8 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     Raises:
         UserError: options, data or experiment cannot be used, or the loss became infinite.
     """
-    utils.writable(Path(opt.visualizations_dir), "visualizations_dir")
+    place = Path(opt.visualizations_dir) / opt.name
+    utils.claim(place, Path(opt.experiments_dir) / opt.name, "visualizations_dir")
     with open_run(opt, "weights", lambda: splits.Given(splits.given_split(opt))) as run:
         learner = make_learner(opt, run.data.info, make_objective)
         if run.loaded is None:
@@ -152,15 +153,16 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
         )
         genotype = learner.network.genotype()
         utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
-        place, pictures = Path(opt.visualizations_dir) / opt.name, []
+        print(f"genotype {run.folder / 'genotype.json'}")
+        pictures = []
         try:
             pictures = visualize.draw_genotype(genotype, place, f"_epoch_{run.epoch}", learner.network.alphas())
         except OSError as error:  # the search itself has ended well
             print(f"note: the cells are not drawn: {options.in_words(error)}")
-        print(f"genotype {run.folder / 'genotype.json'}")
         for warning in doubts(genotype, opt.layers, *(sampling.margin(a).item() for a in learner.network.alphas())):
             print(warning)
-        print(f"pictures {', '.join(str(path) for path in pictures)}")
+        if pictures:
+            print(f"pictures {', '.join(str(path) for path in pictures)}")
         return Found(run.folder, genotype, row, pictures)
 
 

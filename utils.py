@@ -49,7 +49,9 @@ def pick_device(name: str) -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     if "," in name:
-        raise UserError(f"--device {name}: a process uses one device; give one, such as {name.partition(',')[0]}")
+        first = name.partition(",")[0]
+        one = f"cuda:{first}" if first.isdecimal() else first
+        raise UserError(f"--device {name}: a process uses one device; give one, such as {one}")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # which a meta device cannot give
@@ -114,6 +116,20 @@ def writable(folder: Path, option: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"--{option} {folder} cannot be written: {error.strerror}") from None
+
+
+def claim(folder: Path, owner: Path, option: str) -> None:
+    """Make a folder for what is made of a run, if it is writable and not that of another run that exists.
+
+    Raises:
+        UserError: it is, or cannot be written; names the option.
+    """
+    writable(folder, option)
+    mark, whose = folder / ".of", str(owner.resolve())
+    before = mark.read_text(encoding="utf-8", errors="backslashreplace") if mark.is_file() else whose
+    if before != whose and Path(before).exists():
+        raise UserError(f"--{option}: {folder} has the pictures of {before}; give another --{option}")
+    write_atomic(mark, whose)
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
@@ -182,11 +198,11 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out with a warning."""
+    """The rows of a metrics.jsonl; a line that is none, as a crash may leave, is left out with a warning."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append({"epoch": 0, **json.loads(line)})
+        except (ValueError, TypeError):
             warnings.warn(f"{path}: an unfinished line is left out", stacklevel=2)
     return rows

@@ -9,6 +9,7 @@ from typing import Any
 
 import graphviz
 
+import utils
 from genotypes import SPACES, Genotype, Node, edge_list, find_op, num_nodes
 
 Probabilities = Mapping[tuple[int, int, str], float]  # (node, source, op) -> p_alpha(op)
@@ -22,6 +23,7 @@ _COLOURS = {  # of the kinds of operations
     "avg_pool": "#94761a",
     "skip": "#5b6470",
 }
+_PATIENCE = 60  # seconds for a renderer
 _TITLES = {"normal": "normal cell", "reduce": "reduction cell"}
 
 
@@ -102,8 +104,14 @@ def render(graph: graphviz.Digraph, stem: Path) -> list[Path]:
         for kind in ("svg", "png"):
             try:
                 done = subprocess.run(
-                    [renderer, "-Kdot", f"-T{kind}"], input=graph.source.encode(), capture_output=True
+                    [renderer, "-Kdot", f"-T{kind}"],
+                    input=graph.source.encode(),
+                    capture_output=True,
+                    timeout=_PATIENCE,
                 )
+            except subprocess.TimeoutExpired:
+                reason = f"{renderer} did not end in {_PATIENCE} seconds"
+                break
             except OSError as error:
                 reason = f"{renderer} cannot be run: {error.strerror}"
                 break
@@ -111,7 +119,8 @@ def render(graph: graphviz.Digraph, stem: Path) -> list[Path]:
                 reason = f"{renderer} failed: {done.stderr.decode(errors='replace').strip()[:200]}"
                 break
             path = stem.with_name(f"{stem.name}.{kind}")
-            path.write_bytes(done.stdout)
+            with utils.replacing(path) as temporary:
+                temporary.write_bytes(done.stdout)
             written.append(path)
         else:
             return written

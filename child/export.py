@@ -319,7 +319,7 @@ def _markdown(card: Mapping[str, Any]) -> str:
     ]
     for name, count in card["train_images_per_class"].items():
         share = test["per_class_acc"].get(name) if test else None
-        name = name.replace("|", "\\|")
+        name = "".join(letter if letter.isprintable() else " " for letter in name).replace("|", "\\|")
         lines.append(f"| {name} | {count:,} | {'-' if share is None else f'{share:.1f} %'} |")
     for kind in ("normal", "reduce"):
         lines += ["", f"{kind} cell:", ""]

@@ -33,10 +33,18 @@ def library() -> ctypes.CDLL | None:
         file = path()
         if not file.exists():
             _compile(file)
-        found = ctypes.CDLL(str(file))
+        try:
+            found = ctypes.CDLL(str(file))
+        except OSError:  # damaged
+            file.unlink(missing_ok=True)
+            _compile(file)
+            found = ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["it says nothing"]
         missing = f"{error.cmd[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
+        return None
+    except ValueError as error:
+        missing = f"CXX or SNAS_CXXFLAGS is no command: {error}"
         return None
     except OSError as error:
         compiler = error.filename == _compiler()[0]

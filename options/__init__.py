@@ -15,6 +15,8 @@ from jsonargparse.typing import restricted_number_type
 
 O = TypeVar("O")
 
+PositiveInt = restricted_number_type("Count", int, [(">", 0), ("<=", 1_000_000_000)])
+NonNegativeInt = restricted_number_type("CountOrZero", int, [(">=", 0), ("<=", 2**63 - 1)])
 HalfOpenUnit = restricted_number_type("HalfOpenUnit", float, [(">=", 0), ("<", 1)])
 
 
@@ -67,6 +69,9 @@ def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: 
     parsed = parser.parse_args(arguments)
     values = {field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     result = options(**values)
+    for name, value in values.items():
+        if value == "":
+            parser.error(f"--{name} is empty; leave it out, or give a value")
     said = parser.parse_args(arguments, defaults=False)
     result.__dict__[_SAID] = {name for name in values if said.get(name) is not None}
     try:

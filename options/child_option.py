@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 
-from options import HalfOpenUnit, UserError
+from options import HalfOpenUnit, PositiveInt, UserError
 from options.default_option import RunOptions
 
 

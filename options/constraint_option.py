@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 
-from options import UserError
+from options import PositiveInt, UserError
 from options.default_option import TrainOptions
 
 LEVELS = {"mild": 0.8, "moderate": 0.55, "aggressive": 0.3}

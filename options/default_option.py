@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat
 
-from options import HalfOpenUnit, UserError
+from options import HalfOpenUnit, NonNegativeInt, PositiveInt, UserError
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class DataOptions:
 
     def check(self) -> None:
         """Raise UserError where values do not go together."""
+        if self.image_size is not None and self.image_size > 16_384:
+            raise UserError(f"--image_size {self.image_size}: images have up to 16,384 pixels a side here")
         if self.group_pattern is not None:
             try:
                 re.compile(self.group_pattern)
@@ -107,14 +109,14 @@ class RunOptions(DataOptions):
 
     def check(self) -> None:
         super().check()
-        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or self.name in (".", ".."):
-            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
+        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or not self.name.isprintable() or self.name in (".", ".."):
+            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes and line ends")
         if self.batch_size < 2:
             raise UserError("--batch_size 1: batch norm needs at least 2 images")
         if self.eval_batch_size < 2:
             raise UserError("--eval_batch_size 1: the statistics of batch norm need at least 2 images")
-        if self.layers < 3:
-            raise UserError(f"--layers {self.layers}: a network has at least 3 cells, two of which reduce")
+        if not 3 <= self.layers <= 1000:
+            raise UserError(f"--layers {self.layers}: a network has 3 cells, two of which reduce, to 1,000")
         if self.learning_rate_min > self.learning_rate:
             raise UserError(
                 f"--learning_rate_min {self.learning_rate_min} is above --learning_rate {self.learning_rate}"
@@ -156,5 +158,7 @@ class TrainOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
+        if self.nodes > 64:
+            raise UserError(f"--nodes {self.nodes}: a cell has up to 64, the paper's 4")
         if self.min_temp > self.initial_temp:
             raise UserError(f"--min_temp {self.min_temp} is above --initial_temp {self.initial_temp}")

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeInt
-
-from options import UserError
+from options import NonNegativeInt, UserError
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def time_all(space: str, nodes: int, deployed: Deployed, device: str) -> Latenci
     call, *times = _milliseconds(calls)
     ops = {_key(place): max(0.0, t - call) / _COPIES for place, t in zip(places, times, strict=False)}
     sums = [_sum(ops, deployed, genotype) for genotype in children]
-    return fit(device, ops, sums, times[len(places) :])
+    return fit(device, ops, sums, times[len(places) :], call)
 
 
 def _random_child(space: str, nodes: int, dropped: float, source: random.Random) -> Genotype:
@@ -145,8 +145,14 @@ def _random_child(space: str, nodes: int, dropped: float, source: random.Random)
     return Genotype(cells[0], full.normal_concat, cells[1], full.reduce_concat, space)
 
 
-def fit(device: str, ops: Mapping[str, float], sums: Sequence[float], measured: Sequence[float]) -> Latencies:
-    """The line from sums of operations to whole children, and how well it predicts those left out of it."""
+def fit(
+    device: str, ops: Mapping[str, float], sums: Sequence[float], measured: Sequence[float], least: float = 0.0
+) -> Latencies:
+    """The line from sums of operations to whole children, and how well it predicts those left out of it.
+
+    Args:
+        least: what a call costs; a line that begins below is drawn from there instead.
+    """
     pairs, predicted = list(zip(sums, measured, strict=True)), []
     for index, total in enumerate(sums):
         line = linear_regression(*zip(*pairs[:index], *pairs[index + 1 :], strict=True))
@@ -154,6 +160,9 @@ def fit(device: str, ops: Mapping[str, float], sums: Sequence[float], measured: 
     line = linear_regression(sums, measured)
     error = sum(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)) / len(measured)
     slope, intercept = line.slope, line.intercept
+    if intercept < least and any(sums):  # least squares through (0, least)
+        slope = sum(s * (m - least) for s, m in zip(sums, measured, strict=True)) / sum(s * s for s in sums)
+        intercept = least
     return Latencies(device, dict(ops), intercept, slope, correlation(predicted, measured), error, pairs)
 
 

@@ -10,8 +10,8 @@ SCRIPTS = {"main", "main_constraint", "inspect_model", "retrain", "export_model"
 # A module imports from the rows above its own, never from its own row or below.
 ROWS = [
     {"genotypes", "options", "sampling"},
-    {"utils", "visualize", "objective"},
-    {"fused"},
+    {"utils", "objective"},
+    {"fused", "visualize"},
     {"operations"},
     {"model_search", "model", "loading"},
     {"resources", "training"},

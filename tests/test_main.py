@@ -184,7 +184,7 @@ def test_a_run_that_the_machine_stops_names_its_last_checkpoint(
 
 def test_places_to_write_are_tried_before_the_first_step(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(UserError, match=r"--visualizations_dir .*taken cannot be written"):
+    with pytest.raises(UserError, match=r"--visualizations_dir .*taken.run cannot be written"):
         main.main([*arguments, f"--visualizations_dir={tmp_path}/taken"])
     assert not (tmp_path / "experiments").exists()
 

@@ -215,6 +215,8 @@ def open_run(
         except KeyboardInterrupt as interrupt:
             interrupt.add_note("finished epochs are kept: add --resume True to go on")
             raise
+        except BrokenPipeError:  # who read what is printed has gone
+            raise
         except OSError as error:
             raise UserError(f"{options.in_words(error)}; last good checkpoint: {run.last_good()}") from None
         except (MemoryError, RuntimeError) as error:
