@@ -5,6 +5,7 @@ import pytest
 
 import inspect_model
 import main
+import main_constraint
 from genotypes import Genotype, derive
 from options import UserError
 
@@ -60,3 +61,32 @@ def test_missing_experiments_and_epochs_are_named(arguments: list[str], places: 
         inspect_model.main([*places, "--experiment=run", "--epoch=7"])
     with pytest.raises(SystemExit):
         inspect_model.main([*places, "--epoch=first"])
+
+
+def test_bad_input_is_refused_before_anything_is_printed(
+    arguments: list[str], places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main(arguments)
+    capsys.readouterr()
+    for wrong in ("--epoch=\u00b2", f"--experiment={tmp_path}/experiments/run"):
+        with pytest.raises(SystemExit):
+            inspect_model.main([*places, wrong])
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path / "taken").write_text("")
+    for wrong, words in (
+        (f"--out={tmp_path}/taken/g.json", "--out"),
+        (f"--visualizations_dir={tmp_path}/taken", "--vis"),
+    ):
+        with pytest.raises(UserError, match=f"^{words}.*cannot be written"):
+            inspect_model.main([*places, "--experiment=run", wrong])
+        assert capsys.readouterr().out == ""
+
+
+def test_a_cell_that_lets_nothing_through_is_told(
+    arguments: list[str], places: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_constraint.main([*arguments, "--eta=1000", "--arch_learning_rate=1", "--epochs=4"])
+    words = "warning: the cell lets nothing of an image through"
+    assert words in capsys.readouterr().out
+    inspect_model.main([*places, "--experiment=run", "--visualize=False"])
+    assert words in capsys.readouterr().out

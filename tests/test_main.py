@@ -221,3 +221,14 @@ def test_names_that_no_encoding_holds_do_not_end_a_run(arguments: list[str], tin
         assert done.returncode == 0, done.stderr.decode(errors="replace")
     card = (tmp_path / "experiments" / "child" / "child.pt2.md").read_text(encoding="utf-8")
     assert "| a\\|b \u2603 |" in card and "caf" in card
+
+
+def test_a_reader_that_goes_is_no_trouble_of_the_machine(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import search
+
+    def gone(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(search, "announce", gone)
+    with pytest.raises(BrokenPipeError):
+        main.main(arguments)

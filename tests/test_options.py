@@ -145,3 +145,40 @@ def test_the_paper_preset_states_the_defaults() -> None:
     path = next(p for p in PRESETS if p.stem == "paper")
     assert parse(f"--config={path}") == TrainOptions(name="paper")
     assert {"epochs", "learning_rate", "arch_learning_rate", "initial_temp"} <= yaml.safe_load(path.read_text()).keys()
+
+
+@pytest.mark.parametrize("number", ["100000000000000000000", "0", "-1"])
+@pytest.mark.parametrize(
+    "option", ["cutout_length", "eval_batch_size", "init_channels", "nodes", "layers", "image_size"]
+)
+def test_numbers_of_no_use_are_refused_by_name(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options.parse(TrainOptions, [f"--{option}={number}"], "main.py", "")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--{option}" in error
+
+
+@pytest.mark.parametrize("option", ["split", "dataset", "name", "cache_dir"])
+def test_an_empty_value_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options.parse(TrainOptions, [f"--{option}="], "main.py", "")
+    assert f"--{option} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["1e3", "0x1f", "1_000", "nan", "12:30", ".5", "true", "null", "~", "a: b", "5 %"])
+def test_every_name_is_read_back(name: str, tmp_path: Path) -> None:
+    options.save(TrainOptions(name=name), tmp_path / "options.yaml", "python main.py")
+    assert options.parse(TrainOptions, [f"--config={tmp_path}/options.yaml"], "", "").name == name
+    assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
+
+
+def test_a_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options.parse(TrainOptions, ["--name=a\nb"], "main.py", "")
+    assert "leave out slashes and line ends" in capsys.readouterr().err
+
+
+def test_what_was_said_is_known(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("epochs: 150\n")
+    opt = options.parse(TrainOptions, [f"--config={tmp_path}/c.yaml", "--seed=0"], "", "")
+    assert options.given(opt) == {"epochs", "seed"} and options.given(TrainOptions(seed=3)) == {"seed"}

@@ -75,3 +75,29 @@ def test_what_a_killed_process_left_is_cleared_after_a_day(tmp_path: Path) -> No
     os.utime(old, (0, 0))
     utils.write_atomic(tmp_path / "file", "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".file.78-abc.tmp", ".other.77-abc.tmp", "file"]
+
+
+def test_pictures_of_another_run_are_not_taken_over(tmp_path: Path) -> None:
+    runs = [tmp_path / "one" / "run", tmp_path / "two" / "run"]
+    for run in runs:
+        run.mkdir(parents=True)
+    place = tmp_path / "visualizations" / "run"
+    utils.claim(place, runs[0], "visualizations_dir")
+    utils.claim(place, runs[0], "visualizations_dir")
+    with pytest.raises(UserError, match=r"has the pictures of .*one.run; give another --visualizations_dir"):
+        utils.claim(place, runs[1], "visualizations_dir")
+    runs[0].rename(tmp_path / "gone")
+    utils.claim(place, runs[1], "visualizations_dir")
+
+
+@pytest.mark.parametrize("line", ["[1]", "5", "{", "\udcff"])
+def test_a_line_that_is_no_row_is_left_out(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"epoch": 1}\n' + line.encode(errors="surrogateescape") + b"\n")
+    with pytest.warns(UserWarning, match="is left out"):
+        assert utils.read_metrics(path) == [{"epoch": 1}]
+
+
+def test_one_device_is_advised_by_its_name() -> None:
+    with pytest.raises(UserError, match="give one, such as cuda:0"):
+        utils.pick_device("0,1")

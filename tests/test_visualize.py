@@ -72,3 +72,15 @@ def test_the_renderer_is_called_without_a_viewer(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(subprocess, "run", lambda command, **kw: calls.append(command) or real(command, **kw))
     visualize.draw_genotype(GENOTYPES["DARTS_V1"], tmp_path)
     assert [call[1:] for call in calls] == [["-Kdot", "-Tsvg"], ["-Kdot", "-Tpng"]] * 2
+
+
+def test_a_renderer_that_hangs_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = tmp_path / "dot"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(visualize, "find_renderer", lambda: str(slow))
+    monkeypatch.setattr(visualize, "_PATIENCE", 0.2)
+    files = visualize.draw_genotype(GENOTYPES["DARTS_V2"], tmp_path / "v")
+    assert [file.suffix for file in files] == [".gv", ".gv"] and "did not end in 0.2 seconds" in capsys.readouterr().out

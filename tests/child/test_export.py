@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -241,3 +243,35 @@ def test_an_earlier_epoch_does_not_carry_the_figures_of_the_last(trained: list[s
     exported = export_model.main([trained[0], f"--checkpoint={folder}/child_epoch_2.pt"])
     assert exported.card["test"] is None
     assert "not been tested" in exported.cards[0].read_text()
+
+
+def test_the_program_goes_on_after_what_it_cannot_read(trained: list[str], tiny: Path, tmp_path: Path) -> None:
+    exported = export_model.main(trained)
+    good = next(tiny.rglob("*.png"))
+    bad, named = tmp_path / "torn.png", tmp_path / "\u2603.png"
+    bad.write_bytes(good.read_bytes()[:40])
+    shutil.copy(good, named)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, exported.cards[2].name, *map(str, arguments)]
+        env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+        return subprocess.run(command, cwd=exported.path.parent, capture_output=True, text=True, env=env)
+
+    done = run(bad, tmp_path / "none.png", tmp_path, named)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 3 and done.stderr.startswith(f"error: {bad}: ")
+    assert len(done.stdout.splitlines()) == 1 and "u2603.png: class" in done.stdout
+    assert run().returncode == 2 and run("--help").returncode == 0 and "usage" in run("--help").stdout
+    exported.path.write_bytes(b"torn")
+    done = run(good)
+    assert done.returncode == 2 and done.stderr.startswith("error: child.onnx beside this program cannot be used")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_killed_export_leaves_nothing_under_the_names(trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        assert not list((Path(trained[0].split("=")[1]) / "again").glob("child*onnx*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_compare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_model.main(trained)

@@ -18,6 +18,7 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch
         ("/nonexistent/c++", "no C++ compiler"),
         ("false", "false failed"),
         ("c++ -nonsense", "failed"),
+        ('c++ "', "is no command"),
     ):
         monkeypatch.setenv("CXX", compiler)
         monkeypatch.setattr(build, "missing", "")
@@ -27,6 +28,15 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch
     assert build.library.__wrapped__() is None and build.missing == "SNAS_KERNELS=off"
     assert not list(tmp_path.rglob("*.so"))
     build.path.cache_clear()
+
+
+@compiler
+def test_a_damaged_library_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    good, damaged = build.path(), tmp_path / "kernels.so"
+    damaged.write_bytes(b"torn")
+    monkeypatch.setattr(build, "path", lambda: damaged)
+    monkeypatch.setattr(build, "_compile", lambda file: shutil.copy(good, file))
+    assert build.library.__wrapped__() is not None and damaged.read_bytes() == good.read_bytes()
 
 
 @compiler

@@ -338,3 +338,28 @@ def test_what_pillow_leaves_of_a_file_is_told(tmp_path: Path) -> None:
         "1 of 4 images have several pages or frames, of which the first is taken, e.g. c0/many.tif",
         "1 of 4 images have 16 bits a colour, of which the high 8 are taken, e.g. c1/deep.png",
     ]
+
+
+def test_what_is_kept_and_damaged_is_decoded_again(tmp_path: Path) -> None:
+    folder, cache = folders.scan(write_images(tmp_path / "d")), tmp_path / "cache"
+    fresh = decode(folder, ram=1e-9, cache=cache).clone()  # not mapped
+    for content in (b"", b"torn", next(cache.glob("*.npy")).read_bytes()[:-9]):
+        next(cache.glob("*.npy")).write_bytes(content)
+        assert torch.equal(decode(folder, ram=1e-9, cache=cache), fresh)
+
+
+def test_a_cache_that_is_needed_and_refused_names_the_options(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file is in the way")
+    with pytest.raises(
+        UserError, match=r"more than --max_ram_gb 1e-09, and cannot be kept in .*give another --cache_dir"
+    ):
+        decode(folders.scan(write_images(tmp_path / "d")), ram=1e-9, cache=tmp_path / "cache")
+
+
+def test_memory_that_is_refused_is_not_the_fault_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_read", refuse)
+    with pytest.raises(UserError, match=r"out of memory at class0/0_0.png; take less of --image_size"):
+        decode(folders.scan(write_images(tmp_path / "d")))

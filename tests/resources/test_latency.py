@@ -116,3 +116,11 @@ def test_without_onnxruntime_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-export\.txt"):
         latency.find("snas", 4, DEPLOYED, tmp_path)
+
+
+def test_no_child_is_faster_than_a_call() -> None:
+    """A line that begins below is drawn from there, so that a budget of nothing is refused."""
+    sums, measured = [1.0, 2.0, 3.0], [0.1, 1.1, 2.1]  # begins at -0.9
+    found = latency.fit("here", {}, sums, measured, 0.05)
+    assert found.fixed == 0.05
+    assert found.scale == pytest.approx(sum(s * (m - 0.05) for s, m in zip(sums, measured, strict=True)) / 14)

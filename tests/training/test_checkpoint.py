@@ -69,3 +69,8 @@ def test_a_full_disk_is_what_the_system_says_and_the_old_file_stays(
         checkpoint.save(path, {"a": torch.zeros(100_000)})
     monkeypatch.undo()
     assert error.value.filename == str(path) and path.read_bytes() == before
+
+
+def test_what_the_system_refuses_is_not_called_damage(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        checkpoint.load(tmp_path)
