@@ -36,7 +36,6 @@ FREE = {
     "download",
     "data_dir",
     "dataset",  # the images may have moved: names, counts, size, mean and std are compared, other pixels told
-    "split",  # the checkpoint holds it
     "device",
     "recompute",
     "max_ram_gb",
