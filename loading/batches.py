@@ -151,11 +151,12 @@ class Data:
         labels = torch.tensor([place[splits.same_name(name)] for name in pool.classes])[pool.labels]
         pool = replace(pool, labels=labels, classes=like.classes)
         data = cls(opt, {"train": [], "valid": [], "test": pool.names}, like=like, pool=pool)
-        seen = {*map(splits.same_name, trained)} & {*map(splits.same_name, pool.names)}
+        known = {*map(splits.same_name, trained)}
+        seen = [name for name in pool.names if splits.same_name(name) in known]
         if seen:
             data.notes.append(
                 f"{len(seen):,} of these {len(pool.names):,} images have the names of training images, "
-                f"e.g. {min(seen)}: if they are the same, the figures flatter"
+                f"e.g. {seen[0]}: if they are the same, the figures flatter"
             )
         return data
 
