@@ -11,7 +11,7 @@ class Augmentation:
     """What happens to training images; the defaults change nothing."""
 
     crop_padding: int = 0  # pixels
-    flip: str = "none"  # none, horizontal, both
+    flip: str = "none"  # none, horizontal, both, dihedral
     cutout: int = 0  # side in pixels
     fill: tuple[int, ...] = (0,)  # of the square, a byte a channel: what normalisation makes 0
 
@@ -22,7 +22,8 @@ def augment(pixels: Tensor, how: Augmentation, random: torch.Generator | None = 
     Args:
         pixels: the images.
         how: crop_padding zeros are put around the image before a crop of its size; each image is mirrored
-            with probability 1/2 (both: vertically too); a cutout square, clipped at the border, takes the fill.
+            with probability 1/2 (both: vertically too; dihedral: at the diagonal too, the eight symmetries of a
+            square); a cutout square, clipped at the border, takes the fill.
         random: source of the draws.
     """
     batch, _, height, width = pixels.shape
@@ -32,7 +33,7 @@ def augment(pixels: Tensor, how: Augmentation, random: torch.Generator | None = 
         return torch.randint(below, (batch, 1), generator=random)  # (B, 1)
 
     rows, columns = torch.arange(height)[None], torch.arange(width)[None]
-    if how.flip == "both":
+    if how.flip in ("both", "dihedral"):
         rows = torch.where(draw(2) == 1, height - 1 - rows, rows)  # (B, H)
     if how.flip != "none":
         columns = torch.where(draw(2) == 1, width - 1 - columns, columns)  # (B, W)
@@ -44,6 +45,8 @@ def augment(pixels: Tensor, how: Augmentation, random: torch.Generator | None = 
         image = torch.arange(batch)[:, None, None]
         # (B, H, W, C): channels come last through the gather, each pixel being one contiguous copy
         pixels = pixels.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if how.flip == "dihedral":
+        pixels = torch.where(draw(2)[:, :, None, None] == 1, pixels.transpose(2, 3), pixels)
     if how.cutout:
         half = how.cutout // 2
         down = torch.arange(height)[None] - draw(height) + half  # (B, H), 0.. inside the square

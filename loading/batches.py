@@ -130,6 +130,8 @@ class Data:
             white = f" once {self.info.white} is white" if self.info.white else ""
             raise UserError(f"--dataset {opt.dataset}: all training images are of one and the same colour{white}")
         height, width = self.info.image_size
+        if opt.flip == "dihedral" and height != width:
+            raise UserError(f"--flip dihedral turns images, which have to be square, not {width}x{height}; --flip both")
         if opt.cutout and opt.cutout_length**2 > height * width / 2:
             self.notes.append(f"--cutout_length {opt.cutout_length} blanks most of images of {width}x{height}")
 

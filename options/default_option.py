@@ -33,8 +33,9 @@ class DataOptions:
     """Draw training images so that every class comes equally often (with replacement)."""
     crop_padding: NonNegativeInt = 4
     """Zero pixels around a training image before it is cropped at random to its size; 0 leaves it as it is."""
-    flip: Literal["none", "horizontal", "both"] = "horizontal"
-    """Random mirroring of training images; both suits images without an upright, such as overhead views."""
+    flip: Literal["none", "horizontal", "both", "dihedral"] = "horizontal"
+    """Random mirroring of training images; both suits images without an upright, such as overhead views, and dihedral
+    adds quarter turns (square images)."""
     cutout: bool = False
     """Blank a random square in every training image."""
     cutout_length: PositiveInt = 16

@@ -195,6 +195,25 @@ def test_flips_mirror_about_half_of_the_images() -> None:
     assert sum(counts) == 400 and min(counts) > 60
 
 
+def test_the_eight_symmetries_of_a_square_come_equally_often() -> None:
+    pixels = counted(800)
+    got = augment(pixels, Augmentation(flip="dihedral"), torch.Generator().manual_seed(0))
+    forms = [(turned, mirrored) for turned in range(4) for mirrored in (False, True)]
+    counts = [
+        sum(
+            torch.equal(a, (b.flip(-1) if mirrored else b).rot90(turned, (1, 2)))
+            for a, b in zip(got, pixels, strict=True)
+        )
+        for turned, mirrored in forms
+    ]
+    assert sum(counts) == 800 and min(counts) > 70
+
+
+def test_images_that_are_turned_are_square(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--flip dihedral turns images, which have to be square, not 6x8"):
+        Data(options(write_images(tmp_path / "d", size=(8, 6)), flip="dihedral"))
+
+
 def test_cutout_blanks_one_square_that_may_hang_over_the_border() -> None:
     pixels = counted(200, 12)
     got = augment(pixels, Augmentation(cutout=4), torch.Generator().manual_seed(0))
