@@ -26,7 +26,6 @@ from options import UserError
 from options.child_option import ChildOptions
 from options.export_option import ExportOptions
 from resources import latency
-from resources.cost import Deployed
 from training import checkpoint
 from training.run import one_writer
 
@@ -157,12 +156,11 @@ def _compare_files(
             raise UserError(f"the program beside the exported file {what} {folder / name} than the model")
 
 
-def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: Genotype) -> dict[str, Any]:
+def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: Genotype | None) -> dict[str, Any]:
     """What is known of the file without running it."""
     info, trained = DataInfo(**content["data"]), content["options"]
     height, width = info.image_size
     values = "0..255" if opt.input == "uint8" else "0..1"
-    deployed = Deployed.of(info, trained["init_channels"], trained["layers"], trained["stem"])
     return {
         "file": path.name,
         "format": opt.format,
@@ -172,12 +170,12 @@ def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: 
         "mean": info.mean,
         "std": info.std,
         "white": info.white,
-        **deployed.price(genotype),
+        **source.price(options.restore(ChildOptions, trained), genotype, info),
         "data": trained["dataset"],
         "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
         "epoch": content["epoch"],
         "commit": utils.commit(),
-        "genotype": genotype.to_dict(),
+        "genotype": genotype and genotype.to_dict(),
         "options": trained,
     }
 
@@ -321,7 +319,7 @@ def _markdown(card: Mapping[str, Any]) -> str:
         share = test["per_class_acc"].get(name) if test else None
         name = "".join(letter if letter.isprintable() else " " for letter in name).replace("|", "\\|")
         lines.append(f"| {name} | {count:,} | {'-' if share is None else f'{share:.1f} %'} |")
-    for kind in ("normal", "reduce"):
+    for kind in ("normal", "reduce") if card["genotype"] else ():
         lines += ["", f"{kind} cell:", ""]
         for index, node in enumerate(card["genotype"][kind]):
             lines.append(f"- node {index}: " + (", ".join(f"{op} of {source}" for op, source in node) or "no input"))

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import options
 import utils
 from child import source
+from child.source import Trainable
 from genotypes import Genotype
 from loading import splits
 from loading.batches import Data
@@ -24,7 +25,6 @@ from loading.splits import Given, Stored
 from model import ChildNetwork, sees_images
 from options import UserError
 from options.child_option import ChildOptions
-from resources.cost import Deployed
 from training import checkpoint, evaluation, loop
 from training.run import Run, Stateful, announce, check_same_options, open_run
 
@@ -33,7 +33,7 @@ class Tested(NamedTuple):
     """What retraining leaves: its folder, the genotype, the figures of test.json."""
 
     folder: Path
-    genotype: Genotype
+    genotype: Genotype | None
     figures: dict[str, Any]
 
 
@@ -41,7 +41,7 @@ class Tested(NamedTuple):
 class ChildLearner:
     """What is trained and what trains it."""
 
-    network: ChildNetwork
+    network: Trainable
     optimizer: torch.optim.SGD
     scheduler: LRScheduler
     average: AveragedModel | None  # exponential moving average of the weights
@@ -50,12 +50,12 @@ class ChildLearner:
         """All of it, by name, for the checkpoint."""
         return {name: part for name, part in vars(self).items() if part is not None}
 
-    def evaluated(self) -> ChildNetwork:
+    def evaluated(self) -> Trainable:
         """The network whose figures count: the average, if there is one."""
-        return cast(ChildNetwork, self.average.module) if self.average is not None else self.network
+        return cast(Trainable, self.average.module) if self.average is not None else self.network
 
 
-def make_learner(opt: ChildOptions, network: ChildNetwork) -> ChildLearner:
+def make_learner(opt: ChildOptions, network: Trainable) -> ChildLearner:
     """The child with SGD, its schedule and, with --ema_decay, the average of its weights."""
     optimizer = torch.optim.SGD(
         network.parameters(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
@@ -72,7 +72,7 @@ def make_learner(opt: ChildOptions, network: ChildNetwork) -> ChildLearner:
 
 
 def run_retrain(opt: ChildOptions) -> Tested:
-    """Train the child of a genotype, then test it once and write test.json; or, with --eval_only, just test.
+    """Train the child of a genotype, or what it is compared with; test it once and write test.json. --eval_only: test.
 
     Raises:
         UserError: options, data, genotype or experiment cannot be used, or a figure became infinite.
@@ -87,24 +87,34 @@ def run_retrain(opt: ChildOptions) -> Tested:
 
     with open_run(opt, "child", given, opt.use_valid) as run:
         _check_test_images(run, known)
-        stored = run.loaded and Genotype.from_dict(run.loaded["extra"]["genotype"])
-        genotype = stored or source.find_genotype(opt, run.data.info)
-        if not sees_images(genotype, opt.layers):
-            raise UserError(f"--genotype {opt.genotype}: the cell lets nothing of an image through to the classifier")
-        run.extra["genotype"] = genotype.to_dict()
+        genotype = _architecture(run)
+        run.extra["genotype"] = genotype and genotype.to_dict()
         learner = make_learner(opt, _initial(run, opt, genotype))
         if learner.average is not None:
             learner.average.to(run.device)
         run.restore(learner.parts())
-        announce(run, Deployed.of(run.data.info, opt.init_channels, opt.layers, opt.stem).price(genotype))
+        announce(run, source.price(opt, genotype, run.data.info))
         if opt.compile:
             loop.compile_cells(learner.network.cells)
         loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
         result = _test(run, learner.evaluated(), genotype)
-        utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
+        if genotype is not None:
+            utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
         utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
         print(f"test     {_in_words(result)}\n         {run.folder / 'test.json'}")
         return Tested(run.folder, genotype, result)
+
+
+def _architecture(run: Run[ChildOptions]) -> Genotype | None:
+    """The genotype of the cells: that of the run so far, or the one that the options name; None without cells."""
+    if run.opt.network != "cells":
+        return None
+    if run.loaded is not None:
+        return Genotype.from_dict(run.loaded["extra"]["genotype"])
+    genotype = source.find_genotype(run.opt, run.data.info)
+    if not sees_images(genotype, run.opt.layers):
+        raise UserError(f"--genotype {run.opt.genotype}: the cell lets nothing of an image through to the classifier")
+    return genotype
 
 
 def _given(opt: ChildOptions, known: Mapping[str, Stored | None]) -> Given:
@@ -154,10 +164,11 @@ def _check_classes(opt: ChildOptions, data: Data, content: Mapping[str, Any]) ->
         raise UserError(f"--dataset {opt.dataset} is of other classes than the weights")
 
 
-def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype) -> ChildNetwork:
+def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype | None) -> Trainable:
     """The network before training: random, or with the weights of --init_from and statistics that suit them."""
-    network = source.make_child(opt, genotype, run.data.info)
-    if opt.init_from is not None and run.loaded is None:
+    network = source.make_network(opt, genotype, run.data.info)
+    if opt.init_from is not None and run.loaded is None and genotype is not None:
+        assert isinstance(network, ChildNetwork)
         missing = source.inherit(opt, network, genotype)
         if opt.eval_only and missing:
             raise UserError(
@@ -190,7 +201,7 @@ def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int) -> dic
     return row | {"epoch_seconds": time.perf_counter() - start}
 
 
-def _loss(run: Run[ChildOptions], network: ChildNetwork, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(run: Run[ChildOptions], network: Trainable, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and cross-entropy plus that of the auxiliary head times its weight."""
     opt = run.opt
     with run.autocast():
@@ -212,7 +223,7 @@ def summarise(row: Mapping[str, Any]) -> str:
     )
 
 
-def _logits(run: Run[ChildOptions], network: ChildNetwork) -> evaluation.Forward:
+def _logits(run: Run[ChildOptions], network: Trainable) -> evaluation.Forward:
     """The network in eval mode, as images -> logits in the precision of the run."""
     network.eval()
 
@@ -241,16 +252,17 @@ def test_figures(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict
     }
 
 
-def _test(run: Run[ChildOptions], network: ChildNetwork, genotype: Genotype) -> dict[str, Any]:
+def _test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None) -> dict[str, Any]:
     """The content of test.json: figures of the test split; params, flops and mac without the auxiliary head."""
     opt, info = run.opt, run.data.info
     return {
         **test_figures(*evaluation.predict(_logits(run, network), run.batches("test")), info.classes),
-        **Deployed.of(info, opt.init_channels, opt.layers, opt.stem).price(genotype),
+        **source.price(opt, genotype, info),
+        "network": opt.network,
         "seed": opt.seed,
         "weights": source.fingerprint(network),
         "train_images": len(run.data.indices["train"]),
-        "genotype": genotype.to_dict(),
+        "genotype": genotype and genotype.to_dict(),
     }
 
 
@@ -275,7 +287,7 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
         of, epochs = f"the supernet of {opt.init_from}", content["options"]["epochs"]
         data = Data(opt, _given(opt, known).split or content["split"], like=DataInfo(**content["data"]))
         _check_classes(opt, data, content)
-        genotype = source.find_genotype(opt, data.info)
+        genotype: Genotype | None = source.find_genotype(opt, data.info)
         network = _initial(Run(opt, "child", folder, device, data), opt, genotype)
     elif content is None:
         raise UserError(f"--eval_only True: no child checkpoint in {folder}; give --name or --init_from")

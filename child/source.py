@@ -1,19 +1,20 @@
 """The child of a genotype: finding the genotype, making the network, giving it weights."""
 
-import ast
 import hashlib
-import json
 import random
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import genotypes
 import options
 import utils
+from child import baselines, cells
+from child.baselines import Baseline
 from genotypes import Genotype
 from loading import splits
 from loading.sets import DataInfo
@@ -22,19 +23,28 @@ from model import ChildNetwork
 from model_search import Network
 from options import UserError
 from options.child_option import ChildOptions
+from resources import cost
 from resources.cost import Deployed
 from training import checkpoint
 
+Trainable = ChildNetwork | Baseline
 _TRIES = 20_000  # draws of random:SEED with --match_params
 
 
-def make_child(opt: ChildOptions, genotype: Genotype, info: DataInfo) -> ChildNetwork:
+def make_network(opt: ChildOptions, genotype: Genotype | None, info: DataInfo) -> Trainable:
     """The network of the options and the data, randomly initialised from the seed.
 
+    Args:
+        opt: its sizes. genotype: of its cells; None for the others of --network.
     Raises:
-        UserError: the images are too small for the auxiliary head.
+        UserError: the images are too small for it, or for the auxiliary head.
     """
     height, width = info.image_size
+    if genotype is None:
+        if min(height, width) < 4:
+            raise UserError(f"--network {opt.network} halves images twice, {width}x{height} is too small")
+        torch.manual_seed(utils.fold(opt.seed, "init"))
+        return baselines.make(opt.network, opt.init_channels, len(info.classes), info.channels, opt.match_params)
     halvings = 5 if opt.stem == "imagenet" else 2  # before the auxiliary head
     least = 7 if opt.stem == "imagenet" else 8
     side = -(-min(height, width) // 2**halvings)
@@ -47,6 +57,14 @@ def make_child(opt: ChildOptions, genotype: Genotype, info: DataInfo) -> ChildNe
     return ChildNetwork(
         genotype, opt.init_channels, len(info.classes), opt.layers, opt.auxiliary, opt.stem, in_channels=info.channels
     )
+
+
+def price(opt: ChildOptions, genotype: Genotype | None, info: DataInfo) -> dict[str, int]:
+    """params, flops and mac of make_network's, without auxiliary head."""
+    if genotype is not None:
+        return Deployed.of(info, opt.init_channels, opt.layers, opt.stem).price(genotype)
+    with torch.random.fork_rng(devices=[]):
+        return cost.count(make_network(opt, None, info), info.channels, (info.image_size[0], info.image_size[1]))
 
 
 def find_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
@@ -71,10 +89,10 @@ def find_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
         return _of_checkpoint(checkpoint.path_of(folder, "weights", opt.genotype_epoch))
     for path in (Path(name), folder / "genotype.json"):
         if path.is_file():
-            return _of_checkpoint(path) if _is_checkpoint(path) else read_genotype(path)
+            return _of_checkpoint(path) if _is_checkpoint(path) else cells.read_genotype(path)
     file, _, cell = name.rpartition(":")
     if Path(file).is_file():
-        return read_genotype(Path(file), cell)
+        return cells.read_genotype(Path(file), cell)
     raise UserError(
         f"--genotype {name} is no experiment in {opt.experiments_dir} that ended, no file, and none of "
         f"{', '.join(genotypes.GENOTYPES)}, random:SEED; --genotype_epoch takes that of an epoch"
@@ -118,103 +136,13 @@ def _split_of(*places: Path) -> Stored | None:
     return splits.of_record(checkpoint.load(weights)["split"])
 
 
-def fingerprint(network: ChildNetwork) -> str:
+def fingerprint(network: nn.Module) -> str:
     """A digest of the weights of a child, its auxiliary head apart."""
     digest = hashlib.blake2b(digest_size=12)
     for name, value in sorted(network.state_dict().items()):
         if not name.startswith("auxiliary."):
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def read_genotype(path: Path, name: str = "") -> Genotype:
-    """A genotype.json; or the forms in which DARTS and its successors give cells away.
-
-    These are Python's `Genotype(normal=[("sep_conv_3x3", 0), ...], normal_concat=range(2, 6), ...)`, anywhere in the
-    file, and the same as JSON: a flat list of two pairs a node.
-
-    Args:
-        path: the file. name: of the cell, where a file has several: NAME = Genotype(...).
-    Raises:
-        UserError: with one line that names the cell, node and edge at fault.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = _printed(text, name) if _CALL.search(text) else json.loads(text)
-        if isinstance(raw, dict):
-            _unflatten(raw)
-        return Genotype.from_dict(raw)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--genotype {path}: neither JSON nor Genotype(normal=...): {error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--genotype {path} is no text") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"--genotype {path}: {error}") from None
-
-
-_CALL = re.compile(r"(?:(\w+)\s*=\s*)?\b(?:\w+\.)*Genotype\s*\((?=\s*normal\b)")
-
-
-def _printed(text: str, name: str) -> dict[str, Any]:
-    """NAME = Genotype(...) of a text as a mapping; nothing of it is run. Raises ValueError."""
-    found = {match[1] or "": _call(text[match.end() :]) for match in _CALL.finditer(text)}
-    if name and name not in found:
-        raise ValueError(
-            f"it has no {name} = Genotype(...), but {', '.join(filter(None, found)) or 'one without a name'}"
-        )
-    cells = [found[name]] if name else list(found.values())
-    if any(cell != cells[0] for cell in cells) or (not name and len(_CALL.findall(text)) > len(found)):
-        raise ValueError(f"it has several cells ({', '.join(filter(None, found))}); give FILE:NAME, or a file with one")
-    return cells[0]
-
-
-def _call(text: str) -> dict[str, Any]:
-    """The arguments of a call, given the text after its parenthesis."""
-    depth = end = 0
-    while depth >= 0:
-        if end == len(text):
-            raise ValueError("the parenthesis of Genotype( is never closed")
-        depth += (text[end] in "([") - (text[end] in ")]")
-        end += 1
-
-    def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
-            ends = [ast.literal_eval(argument) for argument in node.args]
-            if not all(isinstance(number, int) and abs(number) < 1000 for number in ends):
-                raise ValueError
-            return list(range(*ends))
-        return ast.literal_eval(node)
-
-    try:
-        call = ast.parse(f"Genotype({text[:end]}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise ValueError
-        return {str(keyword.arg): value(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, TypeError):
-        raise ValueError("it is not Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...)") from None
-
-
-def _unflatten(raw: dict[str, Any]) -> None:
-    """Give each node its pairs where a cell is a flat list of two a node, and a space that has all operations."""
-    ops: set[str] = set()
-    for kind in ("normal", "reduce"):
-        cell = raw.get(kind)
-        if not isinstance(cell, list | tuple):
-            continue
-        pairs = [
-            pair for pair in cell if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
-        ]
-        if cell and len(pairs) == len(cell):
-            if len(cell) % 2:
-                raise ValueError(f"{kind} has {len(cell)} pairs, an odd number: a node has two")
-            raw[kind] = [cell[first : first + 2] for first in range(0, len(cell), 2)]
-        else:
-            pairs = [pair for node in cell if isinstance(node, list | tuple) for pair in node]
-        ops |= {pair[0] for pair in pairs if isinstance(pair, list | tuple) and pair and isinstance(pair[0], str)}
-    fitting = [space for space, names in genotypes.SPACES.items() if ops <= {*names}]
-    if fitting and "space" not in raw:
-        raw["space"] = fitting[0]
 
 
 def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
@@ -233,13 +161,12 @@ def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
     )
 
 
-def load_child(content: Mapping[str, Any]) -> tuple[ChildNetwork, Genotype]:
+def load_child(content: Mapping[str, Any]) -> tuple[Trainable, Genotype | None]:
     """The network of a child's checkpoint, in eval mode, without auxiliary head; averaged weights if there are."""
     opt, info = options.restore(ChildOptions, content["options"]), DataInfo(**content["data"])
-    genotype = Genotype.from_dict(content["extra"]["genotype"])
-    child = ChildNetwork(
-        genotype, opt.init_channels, len(info.classes), opt.layers, stem=opt.stem, in_channels=info.channels
-    )
+    stored = content["extra"]["genotype"]
+    genotype = Genotype.from_dict(stored) if stored else None
+    child = make_network(replace(opt, auxiliary=False), genotype, info)
     parts = content["parts"]
     average = {k.removeprefix("module."): v for k, v in parts.get("average", {}).items() if k != "n_averaged"}
     state = average or parts["network"]

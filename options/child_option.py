@@ -21,8 +21,12 @@ class ChildOptions(RunOptions):
     (SNAS_mild, DARTS_V2, ...), or random:SEED."""
     genotype_epoch: PositiveInt | None = None
     """With an experiment, the cell of that epoch's checkpoint instead of the last; inspect_model.py shows it."""
+    network: Literal["cells", "plain", "resnet"] = "cells"
+    """Cells of --genotype; or, to compare with them, a plain CNN or a small residual network of --init_channels, on the
+    split of --genotype's search, without auxiliary head and drop path."""
     match_params: PositiveInt | None = None
-    """With random:SEED, draw until the child has this many parameters, give or take 5 %."""
+    """With random:SEED, draw until the child has this many parameters, give or take 5 %; with --network, choose its
+    width."""
     space: Literal["snas", "nasnet", "amoebanet"] = "snas"
     """With random:SEED, the operation space drawn from."""
     use_valid: bool = True
@@ -73,5 +77,7 @@ class ChildOptions(RunOptions):
             raise UserError("--init_channels 1: the ImageNet stem begins with half of them, take at least 2")
         if self.test_folder is not None and not self.eval_only:
             raise UserError("--test_folder goes with --eval_only True")
-        if self.match_params is not None and not self.genotype.startswith("random:"):
-            raise UserError("--match_params goes with --genotype random:SEED")
+        if self.match_params is not None and not self.genotype.startswith("random:") and self.network == "cells":
+            raise UserError("--match_params goes with --genotype random:SEED, or --network plain or resnet")
+        if self.network != "cells" and self.init_from is not None:
+            raise UserError(f"--init_from gives weights of cells, --network {self.network} has none")

@@ -15,7 +15,7 @@ from math import ceil
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genotypes import SPACES, CellPlan, Genotype, cell_plan, edge_list, find_op
 from loading.sets import DataInfo
@@ -233,6 +233,29 @@ def cost(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return Deployed(init_channels, layers, size, num_classes, in_channels, stem, affine).price(genotype)
+
+
+@torch.no_grad()
+def count(network: nn.Module, in_channels: int, size: Size) -> dict[str, int]:
+    """params, flops and mac of any network of convolutions, linear layers and pools, counted as one image passes."""
+    total = Cost(params=sum(p.numel() for p in network.parameters()))
+
+    def passed(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        weights = getattr(module, "weight", torch.empty(0)).numel()
+        pixels = output[0].numel() // output.shape[1] if output.dim() == 4 else 1
+        total += Cost(0, weights * pixels, inputs[0][0].numel() + output[0].numel() + weights)
+
+    kinds = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d)
+    hooks = [module.register_forward_hook(passed) for module in network.modules() if isinstance(module, kinds)]
+    training = network.training
+    try:
+        network.eval()(torch.zeros(1, in_channels, *size, device=next(network.parameters()).device))
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total._asdict()
 
 
 def supernet_cost(space: str, nodes: int, deployed: Deployed) -> dict[str, int]:

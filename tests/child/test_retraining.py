@@ -139,7 +139,7 @@ def test_the_supernets_weights_are_taken_over_and_give_its_accuracy(
     opt = options.parse(ChildOptions, [*searched, "--init_from=run", f"--split={split}"], "", "")
     data, cpu = Data(opt, swapped), torch.device("cpu")
     genotype = source.find_genotype(opt, data.info)
-    network = source.make_child(opt, genotype, data.info)
+    network = source.make_network(opt, genotype, data.info)
     source.inherit(opt, network, genotype)
     evaluation.estimate_statistics(network, network, data.plain_train_batches(256, 8, 2, cpu))
     figures = evaluation.evaluate(lambda images: network(images)[0], data.batches("test", 100, cpu))

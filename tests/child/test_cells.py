@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import genotypes
-from child import source
+from child import cells
 from options import UserError
 
 PRINTED = """
@@ -21,7 +21,7 @@ def test_cells_as_darts_prints_them_are_read(tmp_path: Path) -> None:
     flat |= {"normal_concat": [2, 3, 4, 5], "reduce_concat": [2, 3, 4, 5]}
     for text in (PRINTED, PRINTED.split(" = ")[1], json.dumps(flat), wanted.to_json()):
         (tmp_path / "cell").write_text(text)
-        assert source.read_genotype(tmp_path / "cell") == wanted
+        assert cells.read_genotype(tmp_path / "cell") == wanted
     for text, words in (
         (PRINTED.replace("sep_conv_3x3", "sep_conv_9x9"), "normal node 0, edge 0: 'sep_conv_9x9'"),
         ("Genotype(__import__('os').system('touch hacked'))", "neither JSON nor Genotype"),
@@ -38,28 +38,28 @@ def test_cells_as_darts_prints_them_are_read(tmp_path: Path) -> None:
     ):
         (tmp_path / "cell").write_text(text)
         with pytest.raises(UserError, match=words) as error:
-            source.read_genotype(tmp_path / "cell")
+            cells.read_genotype(tmp_path / "cell")
         assert "\n" not in str(error.value)
 
 
 def test_cells_are_found_in_logs_and_modules(tmp_path: Path) -> None:
     wanted, file = genotypes.GENOTYPES["DARTS_V2"], tmp_path / "cells.py"
     file.write_text(f"11/20 05:12:21 AM genotype = {PRINTED.split(' = ')[1]}")
-    assert source.read_genotype(file) == wanted
+    assert cells.read_genotype(file) == wanted
     other = PRINTED.replace("V2", "V1").replace("max_pool", "avg_pool")
     head = "from collections import namedtuple\nGenotype = namedtuple('Genotype', 'normal normal_concat')\n"
     file.write_text(head + other + PRINTED.replace("Genotype", "genotypes.Genotype"))
-    assert source.read_genotype(file, "DARTS_V2") == wanted != source.read_genotype(file, "DARTS_V1")
+    assert cells.read_genotype(file, "DARTS_V2") == wanted != cells.read_genotype(file, "DARTS_V1")
     with pytest.raises(UserError, match="it has no X = Genotype"):
-        source.read_genotype(file, "X")
+        cells.read_genotype(file, "X")
     file.write_text(PRINTED + PRINTED)  # the same again
-    assert source.read_genotype(file, "DARTS_V2") == wanted
+    assert cells.read_genotype(file, "DARTS_V2") == wanted
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is no text"):
-        source.read_genotype(file)
+        cells.read_genotype(file)
 
 
 def test_the_space_of_a_printed_cell_is_one_that_has_its_operations(tmp_path: Path) -> None:
     cell = tmp_path / "cell"
     cell.write_text(PRINTED.replace("sep_conv_3x3", "sep_conv_7x7"))
-    assert source.read_genotype(cell).space == "nasnet"
+    assert cells.read_genotype(cell).space == "nasnet"
