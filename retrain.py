@@ -7,7 +7,7 @@ import options
 from options.child_option import ChildOptions
 
 if TYPE_CHECKING:
-    from child.retraining import Tested
+    from child.testing import Tested
 
 
 def main(argv: Sequence[str] | None = None) -> "Tested":

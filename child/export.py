@@ -20,6 +20,7 @@ import utils
 from child import program, source
 from genotypes import Genotype
 from loading import pixels
+from loading.augmentation import symmetries
 from loading.batches import Data
 from loading.sets import DataInfo
 from options import UserError
@@ -47,14 +48,15 @@ class Classifier(nn.Module):
         network: the child, in eval mode.
         info: of its data; mean and std are those of pixels in 0..1.
         scale: the value of a white pixel: 255 for bytes, 1 for floats.
+        flip: over whose forms of an image the logits are averaged, see augmentation.symmetries.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, info: DataInfo, scale: float) -> None:
+    def __init__(self, network: nn.Module, info: DataInfo, scale: float, flip: str = "none") -> None:
         super().__init__()
-        self.network = network
+        self.network, self.flip = network, flip
         for parameter in network.parameters():  # plain strides, which every format stores as they are
             parameter.data = parameter.data.contiguous().clone()
         self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1) * scale)
@@ -62,8 +64,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 or float32 -> (B, classes) float32."""
-        logits: Tensor = self.network((images.float() - self.mean) / self.std)[0]
-        return logits
+        images = (images.float() - self.mean) / self.std
+        return torch.stack([self.network(form)[0] for form in symmetries(images, self.flip)]).mean(0)
 
 
 def run_export(opt: ExportOptions) -> Exported:
@@ -83,7 +85,9 @@ def run_export(opt: ExportOptions) -> Exported:
         _check_free(path, *cards)
         network, genotype = source.load_child(content)
         info = DataInfo(**content["data"])
-        model = Classifier(network, info, 255 if opt.input == "uint8" else 1).eval()
+        trained = options.restore(ChildOptions, content["options"])
+        flip = trained.flip if trained.tta else "none"
+        model = Classifier(network, info, 255 if opt.input == "uint8" else 1, flip).eval()
         images, kind = _images(opt, content, info)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Made and checked in a folder of its own, so that nothing unchecked is left behind, whatever ends this process.

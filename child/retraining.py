@@ -5,18 +5,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import options
 import utils
-from child import source
+from child import source, testing
 from child.source import Trainable
+from child.testing import Tested
 from genotypes import Genotype
 from loading import splits
 from loading.batches import Data
@@ -27,14 +28,6 @@ from options import UserError
 from options.child_option import ChildOptions
 from training import checkpoint, evaluation, loop
 from training.run import Run, Stateful, announce, check_same_options, open_run
-
-
-class Tested(NamedTuple):
-    """What retraining leaves: its folder, the genotype, the figures of test.json."""
-
-    folder: Path
-    genotype: Genotype | None
-    figures: dict[str, Any]
 
 
 @dataclass
@@ -55,13 +48,19 @@ class ChildLearner:
         return cast(Trainable, self.average.module) if self.average is not None else self.network
 
 
-def make_learner(opt: ChildOptions, network: Trainable) -> ChildLearner:
-    """The child with SGD, its schedule and, with --ema_decay, the average of its weights."""
-    optimizer = torch.optim.SGD(
-        network.parameters(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
-    )
+def make_learner(opt: ChildOptions, network: Trainable, steps: int) -> ChildLearner:
+    """The child with SGD, its schedule and, with --ema_decay, the average of its weights.
+
+    Args:
+        opt: the recipe. network: the child. steps: of an epoch.
+    """
+    how = {"momentum": opt.momentum, "weight_decay": opt.weight_decay, "nesterov": opt.nesterov}
+    optimizer = torch.optim.SGD(network.parameters(), opt.learning_rate, **how, fused=True)
     scheduler: LRScheduler
-    if opt.schedule == "cosine":
+    if opt.schedule == "onecycle":
+        total = opt.epochs * steps
+        scheduler = OneCycleLR(optimizer, opt.learning_rate, total, pct_start=0.2, cycle_momentum=False)
+    elif opt.schedule == "cosine":
         scheduler = CosineAnnealingLR(optimizer, opt.epochs, opt.learning_rate_min)
     else:
         scheduler = ExponentialLR(optimizer, opt.lr_decay)
@@ -89,7 +88,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
         _check_test_images(run, known)
         genotype = _architecture(run)
         run.extra["genotype"] = genotype and genotype.to_dict()
-        learner = make_learner(opt, _initial(run, opt, genotype))
+        learner = make_learner(opt, _initial(run, opt, genotype), run.steps)
         if learner.average is not None:
             learner.average.to(run.device)
         run.restore(learner.parts())
@@ -97,11 +96,11 @@ def run_retrain(opt: ChildOptions) -> Tested:
         if opt.compile:
             loop.compile_cells(learner.network.cells)
         loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
-        result = _test(run, learner.evaluated(), genotype)
+        result = testing.test(run, learner.evaluated(), genotype)
         if genotype is not None:
             utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
         utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
-        print(f"test     {_in_words(result)}\n         {run.folder / 'test.json'}")
+        print(f"test     {testing.in_words(result)}\n         {run.folder / 'test.json'}")
         return Tested(run.folder, genotype, result)
 
 
@@ -188,15 +187,18 @@ def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int) -> dic
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
         logits, loss = _loss(run, network, images, targets)
         loop.update(loss, [(learner.optimizer, opt.grad_clip)])
+        if opt.schedule == "onecycle":
+            learner.scheduler.step()
         if learner.average is not None:
             learner.average.update_parameters(network)
         return logits, loss, {}
 
     row = {"learning_rate": learner.scheduler.get_last_lr()[0], "drop_path_prob": network.drop_path_prob}
     row |= loop.train_epoch(run, epoch, step, 0 if opt.use_valid else len(run.data.indices["valid"]))
-    learner.scheduler.step()
+    if opt.schedule != "onecycle":
+        learner.scheduler.step()
     if not opt.use_valid:
-        figures = evaluation.evaluate(_logits(run, learner.evaluated()), run.batches("valid"))
+        figures = evaluation.evaluate(testing.logits_of(run, learner.evaluated()), run.batches("valid"))
         row |= {f"valid_{name}": value for name, value in figures._asdict().items()}
     return row | {"epoch_seconds": time.perf_counter() - start}
 
@@ -220,57 +222,6 @@ def summarise(row: Mapping[str, Any]) -> str:
     return (
         f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  train {row['train_acc']:5.2f} %  {valid}"
         f"lr {row['learning_rate']:.4f}  {row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s"
-    )
-
-
-def _logits(run: Run[ChildOptions], network: Trainable) -> evaluation.Forward:
-    """The network in eval mode, as images -> logits in the precision of the run."""
-    network.eval()
-
-    def forward(images: Tensor) -> Tensor:
-        with run.autocast():
-            logits: Tensor = network(images)[0]
-        return logits
-
-    return forward
-
-
-def test_figures(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """What test.json says of predictions (N, classes).
-
-    Accuracies in percent; ece is the expected calibration error over 15 bins, 0 to 1; confusion has a row per
-    true class and a column per guess.
-    """
-    table = evaluation.confusion(logits, labels)
-    found = zip(classes, table.sum(1).tolist(), evaluation.recalls(table).tolist(), strict=True)
-    return {
-        **evaluation.figures(logits, labels)._asdict(),
-        "ece": evaluation.calibration_error(logits, labels),
-        "per_class_acc": {name: 100 * recall if count else None for name, count, recall in found},
-        "confusion": table.tolist(),
-        "test_images": len(labels),
-    }
-
-
-def _test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None) -> dict[str, Any]:
-    """The content of test.json: figures of the test split; params, flops and mac without the auxiliary head."""
-    opt, info = run.opt, run.data.info
-    return {
-        **test_figures(*evaluation.predict(_logits(run, network), run.batches("test")), info.classes),
-        **source.price(opt, genotype, info),
-        "network": opt.network,
-        "seed": opt.seed,
-        "weights": source.fingerprint(network),
-        "train_images": len(run.data.indices["train"]),
-        "genotype": genotype and genotype.to_dict(),
-    }
-
-
-def _in_words(result: Mapping[str, Any]) -> str:
-    return (
-        f"accuracy {result['acc']:.2f} %, balanced {result['balanced_acc']:.2f} %, loss {result['loss']:.3f}, "
-        f"calibration error {result['ece']:.3f} on {result['test_images']:,} images; "
-        f"{result['params']:,} parameters, {result['flops'] / 1e6:,.2f} Mflops"
     )
 
 
@@ -306,9 +257,9 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     for note in data.notes:
         print(f"note:    {note}")
     _check_test_images(run, known if opt.test_folder is None else {})
-    result = _test(run, network.to(device), genotype)
+    result = testing.test(run, network.to(device), genotype)
     print(f"weights  {of}, epoch {content['epoch']} of {epochs}")
-    print(f"test     {_in_words(result)}")
+    print(f"test     {testing.in_words(result)}")
     return Tested(folder, genotype, result)
 
 

@@ -16,6 +16,19 @@ class Augmentation:
     fill: tuple[int, ...] = (0,)  # of the square, a byte a channel: what normalisation makes 0
 
 
+def symmetries(images: Tensor, flip: str) -> list[Tensor]:
+    """What a flip of Augmentation may make of images (B, C, H, W): 1, 2, 4 or 8 forms, themselves first."""
+    forms = [images]
+    for kinds, turned in (
+        (("horizontal", "both", "dihedral"), lambda x: x.flip(3)),
+        (("both", "dihedral"), lambda x: x.flip(2)),
+        (("dihedral",), lambda x: x.transpose(2, 3)),
+    ):
+        if flip in kinds:
+            forms += [turned(form) for form in forms]
+    return forms
+
+
 def augment(pixels: Tensor, how: Augmentation, random: torch.Generator | None = None) -> Tensor:
     """Crop, mirror and blank every image of a batch on its own: uint8 (B, C, H, W) -> the same shape.
 

@@ -57,8 +57,14 @@ class ChildOptions(RunOptions):
     """Images a training step."""
     epochs: PositiveInt = 600
     """Passes over the training images."""
-    schedule: Literal["cosine", "exponential"] = "cosine"
-    """cosine falls to learning_rate_min; exponential multiplies by lr_decay every epoch."""
+    schedule: Literal["cosine", "exponential", "onecycle"] = "cosine"
+    """cosine falls to learning_rate_min; exponential multiplies by lr_decay every epoch; onecycle rises from a 25th of
+    learning_rate to it in the first fifth of all steps, then falls to nothing."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    tta: bool = False
+    """Test with the mean of the logits over what --flip makes of an image: 2 forms for horizontal, 4 for both, 8 for
+    dihedral; an exported file does so too."""
     learning_rate_min: NonNegativeFloat = 0.0
     """At the end of the cosine."""
     lr_decay: PositiveFloat = 0.97

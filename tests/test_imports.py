@@ -25,7 +25,7 @@ WINGS = {
     "loading": ["pixels", "kept", "folders", "images", "sets", "splits", "augmentation", "batches"],
     "resources": ["cost", "latency", "projection", "budget"],
     "training": ["checkpoint", "evaluation", "run", "loop"],
-    "child": ["baselines", "cells", "source", "program", "retraining", "export"],
+    "child": ["baselines", "cells", "source", "testing", "program", "retraining", "export"],
 }
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}
 

@@ -11,6 +11,7 @@ from pictures import write_images
 from PIL import Image
 from torch import nn
 
+import export_model
 import genotypes
 import inspect_model
 import main
@@ -19,6 +20,7 @@ import retrain
 import utils
 from child import retraining, source
 from loading import splits
+from loading.augmentation import Augmentation, augment, symmetries
 from loading.batches import Data
 from model import ChildNetwork
 from options import UserError
@@ -118,7 +120,7 @@ def test_schedules_and_drop_path_are_ramped_over_the_run(searched: list[str]) ->
 def test_the_average_is_the_exponential_one(searched: list[str]) -> None:
     opt = options.parse(ChildOptions, [*searched, "--ema_decay=0.8"], "", "")
     network = ChildNetwork(genotypes.GENOTYPES["SNAS_mild"], 2, 3, 3)
-    learner = retraining.make_learner(opt, network)
+    learner = retraining.make_learner(opt, network, 3)
     history = []
     for step in range(4):
         with torch.no_grad():
@@ -439,3 +441,51 @@ def test_a_cell_that_lets_nothing_through_is_refused(searched: list[str], tmp_pa
     (tmp_path / "blind.json").write_text(json.dumps(blind))
     with pytest.raises(UserError, match="lets nothing of an image through to the classifier"):
         retrain.main([*searched, f"--genotype={tmp_path}/blind.json"])
+
+
+def test_one_cycle_rises_for_a_fifth_of_the_steps_and_falls_to_nothing(searched: list[str], tmp_path: Path) -> None:
+    given = [*searched, "--schedule=onecycle", "--nesterov=True", "--learning_rate=0.1", "--epochs=5", "--save_freq=1"]
+    whole = retrain.main([*given, "--name=whole"])
+    rates = [row["learning_rate"] for row in rows(whole.folder)]  # at the start of an epoch
+    assert (
+        rates[0] == pytest.approx(0.1 / 25)
+        and rates[1] == pytest.approx(0.1, rel=0.02)
+        and rates == [rates[0], *sorted(rates[1:], reverse=True)]
+    )
+    last = checkpoint.load(whole.folder / "child_epoch_5.pt")["parts"]
+    assert last["scheduler"]["last_epoch"] == last["scheduler"]["total_steps"] == 5 * 7
+    assert last["optimizer"]["param_groups"][0]["nesterov"]
+    learner = retraining.make_learner(options.parse(ChildOptions, given, "", ""), nn.Linear(2, 2), 7)
+    for _ in range(34):
+        learner.optimizer.step()
+        learner.scheduler.step()
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 25 / 1e4)  # of the last of the 35 steps
+    parts = retrain.main([*given, "--name=parts"])
+    for epoch in (4, 5):
+        (parts.folder / f"child_epoch_{epoch}.pt").unlink()
+    (parts.folder / "test.json").unlink()
+    again = retrain.main([*given, "--name=parts", "--resume=True"])
+    assert again.figures == whole.figures and rows(again.folder) == rows(whole.folder)
+
+
+@pytest.mark.parametrize(("flip", "forms"), [("none", 1), ("horizontal", 2), ("both", 4), ("dihedral", 8)])
+def test_the_symmetries_of_a_flip_are_what_it_makes_of_images(flip: str, forms: int) -> None:
+    image = torch.arange(32).view(1, 2, 4, 4).byte()
+    found = {tuple(form.flatten().tolist()) for form in symmetries(image, flip)}
+    assert len(found) == len(symmetries(image, flip)) == forms
+    drawn = augment(image.expand(200, -1, -1, -1), Augmentation(flip=flip), torch.Generator().manual_seed(0))
+    assert {tuple(form.flatten().tolist()) for form in drawn} == found
+
+
+def test_the_mean_over_symmetries_is_tested_and_exported(searched: list[str], tmp_path: Path) -> None:
+    """A turned image then has the logits of the upright one, in the exported file too."""
+    tested = retrain.main([*searched, "--flip=dihedral", "--tta=True"])
+    exported = export_model.main([f"--experiments_dir={tmp_path}/experiments", "--checkpoint=again", "--format=pt2"])
+    assert exported.card["test"]["acc"] == tested.figures["acc"]
+    file = torch.export.load(exported.path).module()
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        upright, turned = file(images), file(images.rot90(1, (2, 3)))
+    plain = retrain.main([*searched, "--flip=dihedral", "--name=plain"])
+    assert torch.allclose(upright, turned, atol=1e-5)
+    assert plain.figures["weights"] == tested.figures["weights"] and plain.figures["loss"] != tested.figures["loss"]

@@ -1,0 +1,79 @@
+"""A trained network on the test images: what test.json says."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from child import source
+from child.source import Trainable
+from genotypes import Genotype
+from loading.augmentation import symmetries
+from options.child_option import ChildOptions
+from training import evaluation
+from training.run import Run
+
+
+class Tested(NamedTuple):
+    """What retraining leaves: its folder, the genotype, the figures of test.json."""
+
+    folder: Path
+    genotype: Genotype | None
+    figures: dict[str, Any]
+
+
+def logits_of(run: Run[ChildOptions], network: Trainable, flip: str = "none") -> evaluation.Forward:
+    """The network in eval mode, as images -> logits in the precision of the run: the mean over the forms of a flip."""
+    network.eval()
+
+    def forward(images: Tensor) -> Tensor:
+        with run.autocast():
+            forms = [network(form)[0].float() for form in symmetries(images, flip)]
+        return torch.stack(forms).mean(0)
+
+    return forward
+
+
+def test_figures(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """What test.json says of predictions (N, classes).
+
+    Accuracies in percent; ece is the expected calibration error over 15 bins, 0 to 1; confusion has a row per
+    true class and a column per guess.
+    """
+    table = evaluation.confusion(logits, labels)
+    found = zip(classes, table.sum(1).tolist(), evaluation.recalls(table).tolist(), strict=True)
+    return {
+        **evaluation.figures(logits, labels)._asdict(),
+        "ece": evaluation.calibration_error(logits, labels),
+        "per_class_acc": {name: 100 * recall if count else None for name, count, recall in found},
+        "confusion": table.tolist(),
+        "test_images": len(labels),
+    }
+
+
+def test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None) -> dict[str, Any]:
+    """The content of test.json: figures of the test split; params, flops and mac without the auxiliary head."""
+    opt, info = run.opt, run.data.info
+    return {
+        **test_figures(
+            *evaluation.predict(logits_of(run, network, opt.flip if opt.tta else "none"), run.batches("test")),
+            info.classes,
+        ),
+        **source.price(opt, genotype, info),
+        "network": opt.network,
+        "seed": opt.seed,
+        "weights": source.fingerprint(network),
+        "train_images": len(run.data.indices["train"]),
+        "genotype": genotype and genotype.to_dict(),
+    }
+
+
+def in_words(result: Mapping[str, Any]) -> str:
+    """test.json for people."""
+    return (
+        f"accuracy {result['acc']:.2f} %, balanced {result['balanced_acc']:.2f} %, loss {result['loss']:.3f}, "
+        f"calibration error {result['ece']:.3f} on {result['test_images']:,} images; "
+        f"{result['params']:,} parameters, {result['flops'] / 1e6:,.2f} Mflops"
+    )
