@@ -164,11 +164,7 @@ class Genotype:
 
     @classmethod
     def from_json(cls, text: str) -> "Genotype":
-        """Read genotype.json.
-
-        Raises:
-            ValueError: with one line that names the cell, node and edge at fault.
-        """
+        """Read genotype.json; raises ValueError with one line that names the cell, node and edge at fault."""
         try:
             raw = json.loads(text)
         except json.JSONDecodeError as error:
@@ -216,6 +212,12 @@ def _check_node(kind: str, index: int, node: Any, space: str) -> Node:
         if not _is_in(source, range(2 + index)):
             raise ValueError(f"{where}, edge {number}: input {source!r} is not one of 0..{1 + index}")
     return tuple((op, source) for op, source in node)
+
+
+def free_share(genotype: Genotype) -> float:
+    """Per cent of the operations of both cells that are pools or skips, which learn nothing; 0 if there is none."""
+    kinds = [find_op(op).kind for _, nodes, _ in genotype.cells() for node in nodes for op, _ in node]
+    return 100 * sum(kind in ("max_pool", "avg_pool", "skip") for kind in kinds) / max(1, len(kinds))
 
 
 def derive(alpha_normal: Any, alpha_reduce: Any, space: str = "snas", rule: str = "argmax") -> Genotype:

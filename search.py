@@ -88,7 +88,7 @@ def search_step(learner: Learner, images: Tensor, targets: Tensor, z: Z, autocas
 
     Args:
         images: (B, C, H, W). targets: (B,).
-        z: a sample of p_alpha, differentiable in alpha.
+        z: a sample of p_alpha, differentiable in alpha; one that is not leaves alpha as it is.
         autocast: the precision.
     Returns:
         logits (B, classes), loss, the objective's terms.
@@ -96,7 +96,10 @@ def search_step(learner: Learner, images: Tensor, targets: Tensor, z: Z, autocas
     with autocast:
         logits = learner.network(images, z)
     loss, terms = learner.objective(logits, targets, z)
-    loop.update(loss, [(learner.theta_optimizer, learner.grad_clip), (learner.alpha_optimizer, learner.arch_grad_clip)])
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(learner.theta_optimizer, learner.grad_clip)]
+    if z.normal.requires_grad:
+        optimizers.append((learner.alpha_optimizer, learner.arch_grad_clip))
+    loop.update(loss, optimizers)
     learner.objective.after_step()
     return logits, loss, terms
 
@@ -180,6 +183,8 @@ def _train_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[s
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
         z = network.sample(temperature(opt, epoch, number), run.generator("z", number), opt.resample_cell)
+        if epoch <= opt.warmup_epochs:
+            z = Z(*(rows.detach() for rows in z))
         return search_step(learner, images, targets, z, run.autocast())
 
     last = epoch * run.steps - 1
@@ -202,6 +207,7 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
     for prefix, z in (("valid", fresh), ("child_valid", child)):
         figures = evaluate_z(network, z, run.autocast(), run.plain_train_batches(epoch), run.batches("valid"))
         row |= {f"{prefix}_{name}": value for name, value in figures._asdict().items()}
+    row["child_free_share"] = genotypes.free_share(network.genotype())
     row["entropy_normal"], row["entropy_reduce"] = (sampling.entropy(alpha).item() for alpha in network.alphas())
     row["margin_normal"], row["margin_reduce"] = (sampling.margin(alpha).item() for alpha in network.alphas())
     return row
@@ -247,6 +253,7 @@ def summarise(row: Mapping[str, Any], objective: Objective) -> str:
         f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  train {row['train_acc']:5.2f} %  "
         f"valid {row['valid_acc']:5.2f} %  child {row['child_valid_acc']:5.2f} % "
         f"(balanced {row['child_valid_balanced_acc']:5.2f} %)  "
-        f"entropy {row['entropy_normal']:.2f} + {row['entropy_reduce']:.2f}  T {row['temperature']:.3f}  "
+        f"entropy {row['entropy_normal']:.2f} + {row['entropy_reduce']:.2f}  free {row['child_free_share']:3.0f} %  "
+        f"T {row['temperature']:.3f}  "
         f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.0f} s" + (f"\n           {more}" if more else "")
     )

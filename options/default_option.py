@@ -137,6 +137,8 @@ class TrainOptions(RunOptions):
     recompute: bool = False
     """Keep only the inputs of each cell for the backward pass and compute the rest again: less memory, slower."""
 
+    warmup_epochs: NonNegativeInt = 0
+    """Epochs at the start in which alpha stays as it is and theta alone learns, so that alpha meets trained weights."""
     arch_learning_rate: PositiveFloat = 3e-4
     """Of alpha (Adam). 3e-4 is for the paper's 58,500 steps: a shorter run takes more, to 0.1, and says so."""
     arch_weight_decay: NonNegativeFloat = 1e-3
@@ -159,6 +161,8 @@ class TrainOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"--warmup_epochs {self.warmup_epochs} leaves alpha none of the --epochs {self.epochs}")
         if self.nodes > 64:
             raise UserError(f"--nodes {self.nodes}: a cell has up to 64, the paper's 4")
         if self.min_temp > self.initial_temp:

@@ -3,7 +3,19 @@ import json
 import pytest
 import torch
 
-from genotypes import GENOTYPES, OPS, PRIMITIVES, SPACES, Genotype, cell_plan, derive, edge_list, num_edges, num_nodes
+from genotypes import (
+    GENOTYPES,
+    OPS,
+    PRIMITIVES,
+    SPACES,
+    Genotype,
+    cell_plan,
+    derive,
+    edge_list,
+    free_share,
+    num_edges,
+    num_nodes,
+)
 
 
 def test_edges_are_ordered_by_node_then_source() -> None:
@@ -100,3 +112,9 @@ def test_every_kind_of_operation_has_a_module_and_a_price() -> None:
     kinds = {op.kind for op in OPS.values()}
     assert kinds == {*KINDS, "none"} == {*cost.KINDS}
     assert {name for space in SPACES.values() for name in space} == {*OPS}
+
+
+def test_the_share_of_operations_that_learn_nothing() -> None:
+    """By hand: DARTS_V2 has skip_connect 2 of 8 and max_pool and skip 8 of 8."""
+    assert free_share(GENOTYPES["DARTS_V2"]) == 100 * 10 / 16
+    assert free_share(Genotype(((),), (2,), ((),), (2,))) == 0.0

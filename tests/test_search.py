@@ -37,7 +37,7 @@ def test_a_search_leaves_all_its_artefacts(
     assert [row["epoch"] for row in logged] == [1, 2] and logged[-1] == found.metrics
     wanted = {
         "epoch", "temperature", "train_loss", "train_acc", "valid_loss", "valid_acc", "child_valid_acc",
-        "valid_balanced_acc", "entropy_normal", "entropy_reduce", "images_per_second", "epoch_seconds",
+        "valid_balanced_acc", "child_free_share", "entropy_normal", "entropy_reduce", "images_per_second", "epoch_seconds",
     }  # fmt: skip
     assert wanted <= logged[0].keys()
     assert logged[-1]["temperature"] == pytest.approx(0.03)
@@ -224,7 +224,7 @@ def test_one_step_moves_theta_and_alpha_by_sgd_and_adam_with_clipped_gradients(a
 def test_evaluation_does_not_disturb_training(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = main.main([*arguments, "--name=with"])
     nothing = {f"{p}_{f}": 0.0 for p in ("valid", "child_valid") for f in ("loss", "acc", "balanced_acc")}
-    empty = {**nothing, "entropy_normal": 0.0, "entropy_reduce": 0.0}
+    empty = {**nothing, "child_free_share": 0.0, "entropy_normal": 0.0, "entropy_reduce": 0.0}
     monkeypatch.setattr(search, "_evaluate_epoch", lambda *_: dict(empty))
     without = main.main([*arguments, "--name=without"])
     first, second = (checkpoint.load(f.folder / "weights_epoch_2.pt")["parts"]["network"] for f in (whole, without))
@@ -322,3 +322,14 @@ def test_the_papers_rate_of_alpha_grows_in_a_shorter_run(
     assert "alpha's learning rate is 0.1: 0.0003 is for 58,500 steps" in capsys.readouterr().out
     main.main([*arguments, "--epochs=1", "--name=given"])
     assert "alpha's learning rate" not in capsys.readouterr().out
+
+
+def test_alpha_stays_as_it_is_while_theta_warms_up(arguments: list[str]) -> None:
+    found = main.main([*arguments, "--warmup_epochs=2", "--epochs=3", "--save_freq=1", "--arch_learning_rate=0.1"])
+    states = [checkpoint.load(found.folder / f"weights_epoch_{epoch}.pt")["parts"]["network"] for epoch in (1, 2, 3)]
+    assert torch.equal(states[0]["alpha_normal"], states[1]["alpha_normal"])
+    assert not torch.equal(states[0]["stem.0.weight"], states[1]["stem.0.weight"])
+    assert not torch.equal(states[1]["alpha_normal"], states[2]["alpha_normal"])
+    assert states[0]["alpha_normal"].abs().max() < 0.01  # as it began
+    with pytest.raises(SystemExit):
+        main.main([*arguments, "--warmup_epochs=3", "--epochs=3", "--name=never"])
