@@ -11,13 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 
 import options
 import utils
 from benchmarks.record import ROOT
 from options import O, UserError
-from training.run import check_same_options
+from training.run import finished
 
 
 def synced(call: Callable[[], Any], device: torch.device) -> float:
@@ -60,12 +59,10 @@ def run_once(script: ModuleType, kind: type[O], argv: Sequence[str], leaves: str
     """
     argv = [*argv, "--resume", "True"]
     opt: Any = options.parse(kind, argv, f"{script.__name__}.py", "")
-    folder = Path(opt.experiments_dir) / opt.name
-    if not (folder / leaves).exists():
+    if not finished(opt, leaves):
         print(f"--- {opt.name}")
         script.main(argv)
-    check_same_options(opt, yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8")), folder)
-    return folder
+    return Path(opt.experiments_dir) / opt.name
 
 
 class Worker:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"main", "main_constraint", "inspect_model", "retrain", "export_model"}
+SCRIPTS = {"compare", "main", "main_constraint", "inspect_model", "retrain", "export_model"}
 # A module imports from the rows above its own, never from its own row or below.
 ROWS = [
     {"genotypes", "options", "sampling"},
@@ -25,7 +25,7 @@ WINGS = {
     "loading": ["pixels", "kept", "folders", "images", "sets", "splits", "augmentation", "batches"],
     "resources": ["cost", "latency", "projection", "budget"],
     "training": ["checkpoint", "evaluation", "run", "loop"],
-    "child": ["baselines", "cells", "source", "testing", "program", "retraining", "export"],
+    "child": ["baselines", "cells", "source", "testing", "program", "retraining", "export", "comparison"],
 }
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}
 

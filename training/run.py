@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+import yaml
 from filelock import FileLock, Timeout
 
 import operations
@@ -259,6 +260,19 @@ def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path,
     if changed:
         name = changed[0]
         raise UserError(f"--{name} is {now[name]} but the run in {folder} has {earlier[name]}: {advice}")
+
+
+def finished(opt: RunOptions, leaves: str) -> bool:
+    """Whether a run of these options lies in its folder and has ended; raises UserError if it is of others.
+
+    Args:
+        opt: the options. leaves: the file that only a finished run has.
+    """
+    folder = Path(opt.experiments_dir) / opt.name
+    if not (folder / leaves).exists():
+        return False
+    check_same_options(opt, yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8")), folder)
+    return True
 
 
 def check_finite(run: Run[Any], name: str, value: float, epoch: int) -> None:

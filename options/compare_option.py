@@ -1,0 +1,46 @@
+"""The options of compare.py."""
+
+import re
+from dataclasses import dataclass, field
+
+from jsonargparse.typing import PositiveFloat
+
+from options import PositiveInt, UserError
+
+CONTENDERS = ("found", "random", "plain", "resnet")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared, on which images, for how long."""
+
+    dataset: str = "dataset"
+    """A folder with one subfolder of images per class, or cifar10, cifar100, fashion_mnist."""
+    name: str = "compare"
+    """Runs are called NAME_search_N, NAME_found_N, ...; the folder NAME of experiments_dir has the result."""
+    n: PositiveInt = 3
+    """Independent searches, and trainings of every contender; finished ones are not repeated."""
+    minutes: PositiveFloat | None = None
+    """No further training begins after so many minutes; what is finished is compared, and the next call goes on."""
+    contenders: list[str] = field(default_factory=lambda: list(CONTENDERS))
+    """Of these: the found cell, a random one, a plain CNN, a small ResNet; all with the parameters of the found one."""
+    search_config: str = "options/presets/quick.yaml"
+    """The recipe of every search."""
+    retrain_config: str = "options/presets/retrain_quick.yaml"
+    """The recipe of every training, the same for all contenders."""
+    search_options: list[str] = field(default_factory=list)
+    """Further options of main.py: --search_options='["--image_size=28"]'."""
+    retrain_options: list[str] = field(default_factory=list)
+    """Further options of retrain.py, for all contenders."""
+    experiments_dir: str = "experiments"
+    """Where runs lie."""
+    visualizations_dir: str = "visualizations"
+    """Where pictures of the found cells go."""
+
+    def check(self) -> None:
+        """Raise UserError where a value is not allowed."""
+        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or self.name in (".", ".."):
+            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
+        unknown = [name for name in self.contenders if name not in CONTENDERS]
+        if unknown or "found" not in self.contenders or len({*self.contenders}) < 2:
+            raise UserError(f"--contenders {self.contenders}: found and at least one of {', '.join(CONTENDERS[1:])}")
