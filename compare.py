@@ -27,9 +27,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for number, (kind, run) in enumerate(stages := _stages(opt, rows)):
         passed = (time.monotonic() - start) / 60
         if opt.minutes is not None and passed > opt.minutes:
-            print(
-                f"note: --minutes {opt.minutes:g} are over; the same command goes on with the {len(stages) - number} left"
-            )
+            print(f"note: --minutes {opt.minutes:g} are over; the same command goes on with what is left")
             break
         left = f", about {passed / number * (len(stages) - number):.0f} minutes left" if number else ""
         print(f"--- {number + 1} of {len(stages)}: {kind}{left}", flush=True)

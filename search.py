@@ -17,7 +17,7 @@ import options
 import sampling
 import utils
 import visualize
-from loading import splits
+from loading import records
 from loading.batches import Batches
 from loading.sets import DataInfo
 from model import sees_images
@@ -134,7 +134,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     """
     place = Path(opt.visualizations_dir) / opt.name
     utils.claim(place, Path(opt.experiments_dir) / opt.name, "visualizations_dir")
-    with open_run(opt, "weights", lambda: splits.Given(splits.given_split(opt))) as run:
+    with open_run(opt, "weights", lambda: records.Given(records.given_split(opt))) as run:
         learner = make_learner(opt, run.data.info, make_objective)
         if run.loaded is None:
             learner.objective.begin()

@@ -102,6 +102,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def clear(folder: Path, pattern: str) -> None:
+    """Remove the files and folders of a pattern."""
+    for path in folder.glob(pattern):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file through `replacing`."""
     with replacing(path) as temporary:
@@ -125,11 +134,12 @@ def claim(folder: Path, owner: Path, option: str) -> None:
         UserError: it is, or cannot be written; names the option.
     """
     writable(folder, option)
-    mark, whose = folder / ".of", str(owner.resolve())
-    before = mark.read_text(encoding="utf-8", errors="backslashreplace") if mark.is_file() else whose
-    if before != whose and Path(before).exists():
+    mark, own = folder / ".of", owner.resolve()
+    text = mark.read_text(encoding="utf-8", errors="backslashreplace") if mark.is_file() else ""
+    before = (folder / text).resolve() if text else own
+    if before != own and before.exists():
         raise UserError(f"--{option}: {folder} has the pictures of {before}; give another --{option}")
-    write_atomic(mark, whose)
+    write_atomic(mark, os.path.relpath(own, folder.resolve()))  # both may be copied elsewhere
 
 
 def cache_folder(given: str | Path | None = None) -> Path:

@@ -36,12 +36,16 @@ def read_genotype(path: Path, name: str = "") -> Genotype:
         raise UserError(f"--genotype {path}: {error}") from None
 
 
-_CALL = re.compile(r"(?:(\w+)\s*=\s*)?\b(?:\w+\.)*Genotype\s*\((?=\s*normal\b)")
+_CALL = re.compile(r"\bGenotype\s*\((?=\s*normal\b)")
+_NAME = re.compile(r"\b(\w+)\s*=\s*(?:\w+\.)*$")  # of what stands before a call
 
 
 def _printed(text: str, name: str) -> dict[str, Any]:
     """NAME = Genotype(...) of a text as a mapping; nothing of it is run. Raises ValueError."""
-    found = {match[1] or "": _call(text[match.end() :]) for match in _CALL.finditer(text)}
+    found: dict[str, dict[str, Any]] = {}
+    for match in _CALL.finditer(text):
+        called = _NAME.search(text[max(0, match.start() - 200) : match.start()])
+        found[called[1] if called else ""] = _call(text[match.end() :])
     if name and name not in found:
         raise ValueError(
             f"it has no {name} = Genotype(...), but {', '.join(filter(None, found)) or 'one without a name'}"

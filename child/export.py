@@ -90,6 +90,8 @@ def run_export(opt: ExportOptions) -> Exported:
         model = Classifier(network, info, 255 if opt.input == "uint8" else 1, flip).eval()
         images, kind = _images(opt, content, info)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not opt.out:
+            utils.clear(path.parent, f".{path.name}.*.tmp")
         # Made and checked in a folder of its own, so that nothing unchecked is left behind, whatever ends this process.
         with TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as name:
             made, *described = (Path(name) / file.name for file in (path, *cards))
@@ -201,6 +203,8 @@ def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> t
     stored = replace(stored, dataset=opt.dataset or stored.dataset, data_dir=opt.data_dir)
     try:
         data = Data(stored, content["split"], like=info)
+        for note in data.notes:
+            print(f"note: {note}")
         tested = data.indices["test"][: max(2, opt.check_images)]
         if not len(tested):
             raise UserError("the split has no test images")

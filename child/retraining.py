@@ -19,10 +19,10 @@ from child import source, testing
 from child.source import Trainable
 from child.testing import Tested
 from genotypes import Genotype
-from loading import splits
+from loading import records, splits
 from loading.batches import Data
+from loading.records import Given, Stored
 from loading.sets import DataInfo
-from loading.splits import Given, Stored
 from model import ChildNetwork, sees_images
 from options import UserError
 from options.child_option import ChildOptions
@@ -122,19 +122,13 @@ def _given(opt: ChildOptions, known: Mapping[str, Stored | None]) -> Given:
     Args:
         known: the splits of searches, by name; None where it is not known.
     Raises:
-        UserError: no such file, or test images that one of these searches trained or validated on.
+        UserError: no such file.
     """
-    split = splits.given_split(opt)
+    split = records.given_split(opt)
     found = next((stored for stored in known.values() if stored is not None), None)
-    tested = split or found
     for name, stored in known.items():
-        if stored is None and split is None:
-            print(f"note:    no split of the search of {name} is here: it may have seen the test images drawn now")
-        elif stored is not None and tested is not None and opt.split != "new" and _seen(tested.split["test"], stored):
-            raise UserError(
-                f"the test images of {opt.split or next(iter(known))} were trained or validated on by the search of "
-                f"{name}; use searches of one split"
-            )
+        if stored is None:
+            print(f"note:    no split of the search of {name} is here: it may have seen the test images")
     return Given(split) if split or opt.split == "new" else Given(None, found)
 
 
@@ -145,7 +139,7 @@ def _seen(names: Sequence[str], stored: Stored) -> int:
 
 
 def _check_test_images(run: Run[ChildOptions], known: Mapping[str, Stored | None]) -> None:
-    """That there are some, and that no search has seen them: refused if it gives the weights, told if the cell."""
+    """That there are some, and that no search has seen them: told, and refused with its weights or a split of FILE."""
     tested = run.data.split["test"]
     if not tested:
         raise UserError("the split has no test images; give --split new and a --test_portion above 0")
@@ -154,6 +148,8 @@ def _check_test_images(run: Run[ChildOptions], known: Mapping[str, Stored | None
         words = f"{seen:,} of the {len(tested):,} test images were trained or validated on by the search of {name}"
         if seen and name == run.opt.init_from:
             raise UserError(f"{words}, whose weights are taken; leave out --init_from, or use its split and its images")
+        if seen and run.opt.split not in (None, "new"):
+            raise UserError(f"{words}; leave out --split, or use searches of this split")
         if seen:
             print(f"note:    {words}")
 

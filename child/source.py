@@ -16,9 +16,9 @@ import utils
 from child import baselines, cells
 from child.baselines import Baseline
 from genotypes import Genotype
-from loading import splits
+from loading import records
+from loading.records import Stored
 from loading.sets import DataInfo
-from loading.splits import Stored
 from model import ChildNetwork
 from model_search import Network
 from options import UserError
@@ -118,22 +118,22 @@ def searches(opt: ChildOptions) -> dict[str, Stored | None]:
     """The splits of the searches that the genotype and the initial weights come from, by name; None if unknown."""
     found: dict[str, Stored | None] = {}
     if opt.genotype not in genotypes.GENOTYPES and not opt.genotype.startswith("random:"):
-        found[opt.genotype] = _split_of(Path(opt.genotype), Path(opt.experiments_dir) / opt.genotype)
+        files = [path for path in (Path(opt.genotype), Path(opt.genotype.rpartition(":")[0])) if path.is_file()]
+        found[opt.genotype] = _split_of(files[0] if files else Path(opt.experiments_dir) / opt.genotype)
     if opt.init_from is not None:
         found[opt.init_from] = _split_of(Path(opt.experiments_dir) / opt.init_from)
     return found
 
 
-def _split_of(*places: Path) -> Stored | None:
-    """That of the first place that exists: a checkpoint, a file beside a split.json, or an experiment."""
-    place = next((place for place in places if place.exists()), places[-1])
+def _split_of(place: Path) -> Stored | None:
+    """That of a checkpoint, of a file beside a split.json, or of an experiment."""
     folder = place.parent if place.is_file() else place
     if not (place.is_file() and _is_checkpoint(place)) and (folder / "split.json").is_file():
-        return splits.read_split(folder / "split.json", "the search's split")
+        return records.read_split(folder / "split.json", "the search's split")
     weights = place if place.is_file() else checkpoint.newest(place, "weights")
     if weights is None or not _is_checkpoint(weights):
         return None
-    return splits.of_record(checkpoint.load(weights)["split"])
+    return records.of_record(checkpoint.load(weights)["split"])
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -5,6 +5,7 @@ A batch is one gather from the uint8 cache with a crop offset and a mirror flag 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 import utils
-from loading import splits
+from loading import records, splits
 from loading.augmentation import Augmentation, augment
+from loading.records import Stored
 from loading.sets import LOADERS, DataInfo, ImageSet, load
-from loading.splits import Stored
 from options import UserError
 from options.default_option import DataOptions
 
@@ -51,8 +52,10 @@ class Data:
         pool = pool or load(opt, like)
         self.notes = [*pool.notes]  # what there is to say about it
         if split is not None:
-            old = split if isinstance(split, Stored) else splits.of_record(split)
-            stored = old = self._names_now(old, pool, opt)
+            old = split if isinstance(split, Stored) else records.of_record(split)
+            old = self._names_now(old, pool, opt)
+            stored, notes = splits.with_groups(old, opt, refuse=isinstance(split, Stored))
+            self.notes += notes
         else:
             old = Stored({}) if carry is None else self._names_now(carry, pool, opt)
             stored, notes = splits.draw(old, pool.names, pool.labels, pool.classes, opt, pool.official_test)
@@ -88,6 +91,7 @@ class Data:
     def _indices(self, pool: ImageSet, opt: DataOptions) -> dict[str, Tensor]:
         """Where the images of each split are."""
         index = {name: i for i, name in enumerate(pool.names)}
+        index |= {name: index[first] for name, first in pool.again.items()}  # earlier versions took both
         lost = [name for names in self.split.values() for name in names if name not in index]
         if lost:
             example = f"; names here are like {pool.names[0]}" if len(lost) > len(pool.names) // 2 else ""
@@ -119,7 +123,7 @@ class Data:
 
     def record(self, opt: DataOptions) -> dict[str, Any]:
         """What split.json and checkpoints say of the split."""
-        return splits.to_record(self.stored, opt)
+        return records.to_record(self.stored, opt)
 
     def _check_training(self, opt: DataOptions) -> None:
         """Refuse what nothing can be learned from."""
@@ -143,14 +147,19 @@ class Data:
             like: of the data that it was trained on. trained: the names of its training images.
         """
         pool = load(opt, like, "--test_folder")
-        place = {splits.same_name(name): label for label, name in enumerate(like.classes)}
-        unknown = [name for name in pool.classes if splits.same_name(name) not in place]
+        alike = Counter(map(splits.same_name, like.classes))
+        place = {splits.same_name(name): n for n, name in enumerate(like.classes) if alike[splits.same_name(name)] == 1}
+        of = {
+            name: {name: n for n, name in enumerate(like.classes)}.get(name, place.get(splits.same_name(name)))
+            for name in pool.classes
+        }
+        unknown = [name for name in pool.classes if of[name] is None]
         if unknown:
             raise UserError(
                 f"--test_folder {opt.dataset}: the weights know no class {unknown[0]!r}; "
                 f"they know {', '.join(like.classes)}"
             )
-        labels = torch.tensor([place[splits.same_name(name)] for name in pool.classes])[pool.labels]
+        labels = torch.tensor([of[name] for name in pool.classes])[pool.labels]
         pool = replace(pool, labels=labels, classes=like.classes)
         data = cls(opt, {"train": [], "valid": [], "test": pool.names}, like=like, pool=pool)
         known = {*map(splits.same_name, trained)}
@@ -165,8 +174,9 @@ class Data:
     @staticmethod
     def _names_now(stored: Stored, pool: ImageSet, opt: DataOptions) -> Stored:
         """Earlier versions called the images of a named data set 0, 1, 2."""
-        named = (name for names in stored.split.values() for name in names)
-        if opt.dataset not in LOADERS or not {*pool.names}.isdisjoint(named):
+        named = [name for names in stored.split.values() for name in names]
+        ours = opt.dataset in LOADERS and stored.dataset in ("", opt.dataset)
+        if not ours or not all(name.isdecimal() for name in named):
             return stored
         return stored._replace(split={p: [f"{opt.dataset}/{name}" for name in n] for p, n in stored.split.items()})
 

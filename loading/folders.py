@@ -3,9 +3,10 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from PIL import Image
@@ -13,9 +14,9 @@ from PIL import Image
 from options import UserError
 
 _NEEDS_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but cannot read alone
-# In the names of folders that are splits and not classes: train, train2017, Test Set, seg_val.
-_SPLITS = re.compile(
-    r"(?<![a-z])(train|val|test|eval|dev|holdout|unlabell?ed)(ing|id|idation|uation)?(?![a-z])", re.IGNORECASE
+_SPLITS = re.compile(  # the names of folders that are splits and not classes: train2017, Test Set, trainA, imagesTs
+    r"(?:images?)?(train|tr|val|va|test|ts|eval|dev|holdout|unlabell?ed|extra|pred)(?:ing|id|idation|uation)?"
+    r"(?:set|data|split|images?|imgs?|[ab])?"
 )
 
 
@@ -28,6 +29,7 @@ class ImageFolder(NamedTuple):
     labels: list[int]
     left_out: str = ""  # in words
     option: str = "--dataset"  # where it was asked for
+    again: Mapping[str, str] = MappingProxyType({})  # files left out, and those that they are the same as
 
 
 @cache
@@ -58,13 +60,14 @@ def scan(root: Path, names: Iterable[str] = (), option: str = "--dataset") -> Im
             f"{where}: no such folder; give a folder with one subfolder of images per class"
             + "".join(f", or {name}" for name in names)
         )
-    entries = sorted(root.iterdir())
-    folders = [path for path in entries if path.is_dir() and not path.name.startswith((".", "__"))]
+    with os.scandir(root) as entries:
+        listed = sorted((entry for entry in entries if not entry.name.startswith((".", "__"))), key=lambda e: e.name)
+    folders = [root / entry.name for entry in listed if entry.is_dir()]
     _check_classes(where, folders)
     walk, files, labels = _Walk(where, root), [], []
-    for path in entries:
-        if path.suffix.lower() in formats() and not path.is_dir() and not path.name.startswith("."):
-            walk.left_out["image outside of the class folders"] += 1
+    strays = [entry for entry in listed if not entry.is_dir() and os.path.splitext(entry.name)[1].lower() in formats()]
+    if strays:
+        walk.left_out["image outside of the class folders"] += len(strays)
     for label, folder in enumerate(folders):
         found = sorted(walk.files(str(folder), f"{folder.name}/", folder.name))
         if not found and option != "--dataset":
@@ -80,24 +83,33 @@ def scan(root: Path, names: Iterable[str] = (), option: str = "--dataset") -> Im
             f"{where}: {len(folders) if files else 0} class folders with images found, at least {least} are needed; "
             "each subfolder is a class"
         )
-    return ImageFolder(root, [folder.name for folder in folders], files, labels, _in_words(walk.left_out), option)
+    return ImageFolder(
+        root, [folder.name for folder in folders], files, labels, _in_words(walk.left_out), option, walk.again
+    )
 
 
 def _check_classes(where: str, folders: list[Path]) -> None:
     """Refuse folders that are splits, or that have splits in them."""
     advice = "give a folder with one subfolder per class, and --split with a file of the lists train, valid and test"
-    if _are_splits(path.name for path in folders):
+    if _are_splits([path.name for path in folders]):
         names = ", ".join(path.name for path in folders)
         raise UserError(f"{where}: its folders {names} are splits, not classes; {advice}")
     for folder in folders:
-        inside = [path.name for path in folder.iterdir() if path.is_dir()] if os.access(folder, os.R_OK) else []
+        try:
+            with os.scandir(folder) as entries:
+                inside = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        except OSError as error:
+            raise UserError(f"{where}: {folder.name} cannot be read: {error.strerror}") from None
         if _are_splits(inside):
-            raise UserError(f"{where}: {folder.name} holds splits ({', '.join(sorted(inside))}); {advice}")
+            raise UserError(f"{where}: {folder.name} holds splits ({', '.join(inside)}); {advice}")
 
 
-def _are_splits(names: Iterable[str]) -> bool:
-    """Whether several kinds of splits are among the names; a class may be called train."""
-    return len({match[1].lower() for name in names if (match := _SPLITS.search(name))}) > 1
+def _are_splits(names: Sequence[str]) -> bool:
+    """Whether all names are those of splits, of several kinds. Classes may be called train, or test tube."""
+    words = [[*filter(None, re.split(r"[^a-z]+", name.lower()))] for name in names if not name.startswith((".", "__"))]
+    common = set.intersection(*map(set, words)) if words else set()  # such as seg in seg_train, seg_test
+    kinds = [_SPLITS.fullmatch("".join(word for word in its if word not in common)) for its in words]
+    return all(kinds) and len({match[1] for match in kinds if match}) > 1
 
 
 class _Walk:
@@ -109,41 +121,47 @@ class _Walk:
 
     def __init__(self, where: str, root: Path) -> None:
         self.left_out: Counter[str] = Counter()
+        self.again: dict[str, str] = {}  # files left out: the same as
         self._where, self._met = where, {_identity(os.stat(root)): (".", "")}  # file or folder: path, class
 
     def files(self, folder: str, prefix: str, label: str) -> Iterator[str]:
-        """The images in a folder and below, as prefix + relative path."""
-        if self._again(os.stat(folder), prefix, label, "folder"):
+        """The images in a folder and below, as prefix + relative path; of several names the first, links last."""
+        about = os.stat(folder)
+        if self._same(_identity(about), prefix, label, "folder"):
             return
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                path, ending = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
-                try:
-                    about = os.stat(entry.path)
-                    folder_, file = entry.is_dir(), entry.is_file()
-                except OSError:  # it leads nowhere, or to itself
-                    self.left_out["broken link"] += 1
-                    continue
-                if folder_ and entry.name.startswith("__"):
-                    self.left_out[f"folder {entry.name}"] += 1
-                elif folder_:
-                    yield from self.files(entry.path, f"{path}/", label)
-                elif not file:
-                    self.left_out["special file"] += 1
-                elif ending not in formats():
-                    self.left_out[ending or "file without an ending"] += 1
-                elif not self._again(about, path, label, "file"):
-                    yield path
+            listed = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+        for entry in listed:
+            if entry.name.startswith("."):
+                continue
+            path, ending = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
+            try:
+                folder_, file = entry.is_dir(), entry.is_file()
+                linked = entry.is_symlink()
+                identity = _identity(os.stat(entry.path)) if linked else (about.st_dev, entry.inode())
+            except OSError:  # it leads nowhere, or to itself
+                self.left_out["broken link"] += 1
+                continue
+            if folder_ and entry.name.startswith("__"):
+                self.left_out[f"folder {entry.name}"] += 1
+            elif folder_:
+                yield from self.files(entry.path, f"{path}/", label)
+            elif not file:
+                self.left_out["special file"] += 1
+            elif ending not in formats():
+                self.left_out[ending or "file without an ending"] += 1
+            elif not self._same(identity, path, label, "file"):
+                yield path
 
-    def _again(self, about: os.stat_result, path: str, label: str, kind: str) -> bool:
+    def _same(self, identity: tuple[int, int], path: str, label: str, kind: str) -> bool:
         """Whether it was met before; raises UserError if in another class."""
-        first, of = self._met.setdefault(_identity(about), (path, label))
-        if not about.st_ino or first == path:
+        first, of = self._met.setdefault(identity, (path, label))
+        if first == path:
             return False
         if of not in ("", label):
             raise UserError(f"{self._where}: {path} and {first} are the same {kind}, in two classes; remove one")
+        if kind == "file":
+            self.again[path] = first
         self.left_out[f"linked {kind} met before"] += 1
         return True
 

@@ -68,7 +68,9 @@ def trim(newest: Path, most: float) -> int:
         with suppress(OSError):
             if re.fullmatch(r"[0-9a-f]{24}\.npy", path.name) and path != newest:  # no file of the user's
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
-    total, removed = sum(size for _, size, _ in files) + newest.stat().st_size, 0
+    total, removed = sum(size for _, size, _ in files), 0
+    with suppress(OSError):
+        total += newest.stat().st_size
     for _, size, path in sorted(files):
         if total <= most:
             break

@@ -1,6 +1,6 @@
 """Data sets: what --dataset names, all its images and labels in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ class ImageSet:
     official_test: int = 0  # the last ones, where the data set brings its own test set
     white: dict[str, float] = field(default_factory=dict)  # see kept.Decoded
     notes: list[str] = field(default_factory=list)  # what there is to say, such as what was left out
+    again: Mapping[str, str] = field(default_factory=dict)  # names left out, of files that another name stands for
 
 
 def _folder(opt: DataOptions, like: DataInfo | None = None, option: str = "--dataset") -> ImageSet:
@@ -57,7 +58,7 @@ def _folder(opt: DataOptions, like: DataInfo | None = None, option: str = "--dat
     found = images.decode(folder, size, opt.max_ram_gb, opt.cache_dir, white, opt.max_cache_gb)
     notes = [*found.notes, *([f"left out of {folder.root}: {folder.left_out}"] if folder.left_out else [])]
     labels = torch.tensor(folder.labels)
-    return ImageSet(found.pixels, labels, folder.classes, folder.files, notes=notes, white=found.white)
+    return ImageSet(found.pixels, labels, folder.classes, folder.files, 0, found.white, notes, folder.again)
 
 
 def _torchvision(kind: str, opt: DataOptions) -> ImageSet:
@@ -106,7 +107,7 @@ def load(opt: DataOptions, like: DataInfo | None = None, option: str = "--datase
         like: of the images that a network was trained on: these have to have its size and channels.
         option: where they were asked for; those of --test_folder are brought to the size.
     """
-    loader = LOADERS.get(opt.dataset)
+    loader = LOADERS.get(opt.dataset) if option == "--dataset" else None
     found = loader(opt) if loader else _folder(opt, like, option)
     if like is None:
         return found

@@ -4,94 +4,25 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import utils
+from loading import records
+from loading.records import PORTIONS, SPLITS, Split, Stored
 from options import UserError
 from options.default_option import DataOptions
 
-SPLITS = ("train", "valid", "test")
 _FORMAT = 1  # of kept splits; to be raised when splitting changes
-_PORTIONS = ("seed", "test_portion", "train_portion")
 _MANY = 10_000  # images whose split is worth keeping
-
-
-Split = dict[str, list[str]]  # names of the images of each of SPLITS
-
-
-class Stored(NamedTuple):
-    """What a split.json or a checkpoint says of a split."""
-
-    split: Split
-    group_pattern: str | None = None  # by which its groups were kept whole
-    left_out: Sequence[str] = ()  # images that are in none of its parts on purpose
-    pixels: Mapping[str, str] = MappingProxyType({})  # a fingerprint of each part, "HxWxC digest"
-    portions: Mapping[str, float] = MappingProxyType({})  # the options it was drawn with
-
-
-def read_split(path: Path, what: str = "--split") -> Stored:
-    """A split.json; raises UserError where it is none: every image is in one place, and training has some.
-
-    Args:
-        what: names it, for messages.
-    """
-    try:
-        stored = of_record(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{what} {path}: no such file; take the split.json of an experiment") from None
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, re.error):
-        raise UserError(f"{what} {path} is no split.json: it has the lists train, valid and test") from None
-    names = Counter(name for part in stored.split.values() for name in part)
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise UserError(f"{what} {path} is no split: {len(twice)} images are in it more than once, e.g. {twice[0]}")
-    for part in ("train", "valid"):
-        if not stored.split[part]:
-            raise UserError(f"{what} {path}: its list {part} is empty; training and validation need images")
-    return stored
-
-
-def given_split(opt: DataOptions) -> Stored | None:
-    """That of --split FILE; raises UserError."""
-    return None if opt.split in (None, "new") else read_split(Path(str(opt.split)))
-
-
-class Given(NamedTuple):
-    """The split that a run is given: one to be used as it is, or that of another run to take over; or neither."""
-
-    split: Stored | None = None
-    carry: Stored | None = None
-
-
-def of_record(record: Any) -> Stored:
-    """What the mapping of a split.json says; raises ValueError, KeyError, TypeError or re.error where it is none."""
-    split = {part: record[part] for part in SPLITS}
-    if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in split.values()):
-        raise TypeError
-    pattern = record.get("group_pattern")
-    if pattern is not None:
-        re.compile(pattern)
-    portions = {name: record[name] for name in _PORTIONS if name in record}
-    return Stored(split, pattern, tuple(record.get("left_out", ())), dict(record.get("pixels", {})), portions)
-
-
-def to_record(stored: Stored, opt: DataOptions) -> dict[str, Any]:
-    """The mapping of a split.json, and how the split was drawn."""
-    drawn = {name: stored.portions.get(name, getattr(opt, name)) for name in _PORTIONS}
-    record = {"dataset": opt.dataset, "group_pattern": stored.group_pattern, **drawn, "pixels": dict(stored.pixels)}
-    return record | ({"left_out": list(stored.left_out)} if stored.left_out else {}) | stored.split
 
 
 def same_name(name: str) -> str:
@@ -112,14 +43,36 @@ def draw(
     if old.split:
         fitted, notes = fit_split(old, names, labels, classes, opt)
         if fitted is not None:
-            drawn = {**old.portions, "group_pattern": old.group_pattern}
-            usual = vars(DataOptions())
-            unused = [name for name, value in drawn.items() if getattr(opt, name) not in (value, usual[name])]
-            if unused:
-                words = ", ".join(f"--{name}" for name in unused)
-                notes.append(f"the images are split as in the run of before, without regard to {words}")
-            return old._replace(split=fitted), notes
-    return Stored(make_split(names, labels, classes, opt, official_test), opt.group_pattern), notes
+            return old._replace(split=fitted), notes + _unused(old, opt)
+    made = make_split(names, labels, classes, opt, official_test)
+    return Stored(made, opt.group_pattern, portions={name: getattr(opt, name) for name in PORTIONS}), notes
+
+
+def _unused(old: Stored, opt: DataOptions) -> list[str]:
+    """A note, if options are given that a split which exists has no use for."""
+    usual, drawn = vars(DataOptions()), {**old.portions, "group_pattern": old.group_pattern}
+    unused = [name for name, value in drawn.items() if getattr(opt, name) not in (value, usual[name])]
+    words = ", ".join(f"--{name}" for name in unused)
+    return [f"the images are split as in the split that there is, without regard to {words}"] if unused else []
+
+
+def with_groups(given: Stored, opt: DataOptions, refuse: bool) -> tuple[Stored, list[str]]:
+    """A given split with --group_pattern, if it has none of its own and keeps these groups whole; and what to say.
+
+    Args:
+        given: used as it is. opt: the options.
+        refuse: a split that does not keep them whole.
+    """
+    if opt.group_pattern is None or given.group_pattern is not None:
+        return given, _unused(given, opt)
+    group = _group_of([name for names in given.split.values() for name in names], opt.group_pattern)
+    parts = [{group(name) for name in names} for names in given.split.values()]
+    torn = sorted(parts[0] & (parts[1] | parts[2]) | parts[1] & parts[2])
+    if torn and refuse:
+        raise UserError(
+            f"--split {opt.split} divides what --group_pattern keeps whole, e.g. {torn[0]}; give one of both"
+        )
+    return (given if torn else given._replace(group_pattern=opt.group_pattern)), []
 
 
 def fit_split(
@@ -133,7 +86,8 @@ def fit_split(
     """
     label = dict(zip(names, labels.tolist(), strict=True))
     named = [name for part in (*stored.split.values(), stored.left_out) for name in part]
-    alike = {same_name(name): name for name in label.keys() - set(named)}
+    taken = set(named)
+    alike = {same_name(name): name for name in reversed(names) if name not in taken}
     here = {name: name if name in label else alike.pop(same_name(name), "") for name in named}
     kept = {part: [now for name in stored.split[part] if (now := here[name])] for part in SPLITS}
     gone = sorted(name for part in SPLITS for name in stored.split[part] if not here[name])
@@ -143,26 +97,47 @@ def fit_split(
     notes = [f"{len(gone):,} of the {total:,} images of the split are gone, e.g. {gone[0]}"] if gone else []
     known = {label[name] for part in kept.values() for name in part}
     used = {*here.values()}
-    group = _group_of(names, stored.group_pattern)
-    held, trained = ({group(name) for name in part} for part in ([*kept["valid"], *kept["test"]], kept["train"]))
+    group = _group_of([*names, *named], stored.group_pattern)  # also of images that are gone
+    held = {group(name) for part in ("valid", "test") for name in stored.split[part]}
+    trained = {group(name) for name in stored.split["train"]}
     joining: list[str] = []
     anew: list[str] = []
     for name in names:
         if name not in used and group(name) not in held:
             join = group(name) in trained or (label[name] in known and 2 * len(gone) <= total)
             (joining if join else anew).append(name)
+    more = _split_anew(anew, label, classes, replace(opt, group_pattern=stored.group_pattern))
+    if anew and more is None and {label[name] for name in anew} <= known:  # too few to be split
+        joining, anew = joining + anew, []
     kept["train"] = kept["train"] + joining
     if joining:
         notes.append(f"{len(joining):,} images that the split does not name are trained on, e.g. {joining[0]}")
     if anew:
-        ours = replace(opt, group_pattern=stored.group_pattern)
-        more = make_split(anew, torch.tensor([label[name] for name in anew]), classes, ours)
+        if more is None:
+            raise UserError(
+                f"{len(anew):,} images are new, e.g. {anew[0]}, too few to be split; add some, or --split new"
+            )
         kept = {part: kept[part] + more[part] for part in SPLITS}
         notes.append(f"{len(anew):,} images that the split does not name are split anew, e.g. {anew[0]}")
     for part in ("train", "valid"):
         if not kept[part]:
             raise UserError(f"no image of the split's part {part} is here any more; give --split new")
     return kept, notes
+
+
+def _split_anew(names: list[str], label: Mapping[str, int], classes: list[str], opt: DataOptions) -> Split | None:
+    """A new split of some images, those without a group apart; None if they are too few."""
+    pattern, split = opt.group_pattern, {part: list[str]() for part in SPLITS}
+    for grouped in (True, False):
+        chosen = [name for name in names if (pattern is not None and _key(name, pattern) is not None) == grouped]
+        if chosen:
+            ours = replace(opt, group_pattern=pattern if grouped else None)
+            try:
+                found = make_split(chosen, torch.tensor([label[name] for name in chosen]), classes, ours)
+            except UserError:
+                return None
+            split = {part: split[part] + found[part] for part in SPLITS}
+    return split
 
 
 def _group_of(names: list[str], pattern: str | None) -> Callable[[str], str]:
@@ -189,7 +164,7 @@ def make_split(names: list[str], labels: Tensor, classes: list[str], opt: DataOp
     how = (opt.seed, opt.test_portion, opt.train_portion, opt.group_pattern, official_test)
     path = utils.cached(opt.cache_dir, "{}.json", _FORMAT, how, names, labels.tolist())
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return of_record(json.loads(path.read_text(encoding="utf-8"))).split
+        return records.of_record(json.loads(path.read_text(encoding="utf-8"))).split
     split = _new_split(names, labels.numpy(), classes, opt, official_test)
     with suppress(OSError):  # it can be made again
         utils.write_atomic(path, json.dumps(split))

@@ -58,8 +58,8 @@ def project(
         for values in (alpha, *(value for value in kept if value.shape == alpha.shape)):
             high, low = values.gather(-1, top), values.gather(-1, wanted)
             values.scatter_(-1, top, low).scatter_(-1, wanted, high)
-        high, low = alpha.gather(-1, wanted), alpha.gather(-1, top)
-        tie = (top != wanted) & (high == low)
+        high = alpha.gather(-1, wanted)
+        tie = (alpha == high).sum(-1, keepdim=True) > 1  # some other is as high, and may be the first
         alpha.scatter_(-1, wanted, torch.where(tie, torch.nextafter(high, high + 1), high))
 
 

@@ -22,7 +22,7 @@ ROWS = [
 # Inside a wing a module imports those before it.
 WINGS = {
     "fused": ["plain", "build", "operation", "choice"],
-    "loading": ["pixels", "kept", "folders", "images", "sets", "splits", "augmentation", "batches"],
+    "loading": ["pixels", "kept", "folders", "images", "sets", "records", "splits", "augmentation", "batches"],
     "resources": ["cost", "latency", "projection", "budget"],
     "training": ["checkpoint", "evaluation", "run", "loop"],
     "child": ["baselines", "cells", "source", "testing", "program", "retraining", "export", "comparison"],

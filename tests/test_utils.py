@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -86,6 +87,9 @@ def test_pictures_of_another_run_are_not_taken_over(tmp_path: Path) -> None:
     utils.claim(place, runs[0], "visualizations_dir")
     with pytest.raises(UserError, match=r"has the pictures of .*one.run; give another --visualizations_dir"):
         utils.claim(place, runs[1], "visualizations_dir")
+    shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}_copy")
+    copy = tmp_path.parent / f"{tmp_path.name}_copy"
+    utils.claim(copy / "visualizations" / "run", copy / "one" / "run", "visualizations_dir")
     runs[0].rename(tmp_path / "gone")
     utils.claim(place, runs[1], "visualizations_dir")
 

@@ -19,7 +19,7 @@ import operations
 import options
 import utils
 from loading.batches import Batches, Data, write_split
-from loading.splits import Given
+from loading.records import Given
 from options import UserError
 from options.default_option import RunOptions
 from training import checkpoint
@@ -204,8 +204,7 @@ def open_run(
             _check_free(folder, opt.resume)  # again: reading the data took its time
         if (checkpoint.newest(folder, stem) if opt.resume else None) != newest:
             raise UserError(f"{folder} was written while the data was read; start again")
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        utils.clear(folder, ".*.tmp")  # of a process that was killed while it wrote
         command = shlex.join(["python", Path(sys.argv[0]).name, "--config", str(folder / "options.yaml")])
         options.save(opt, folder / "options.yaml", command)
         write_split(folder / "split.json", data, opt)

@@ -18,8 +18,8 @@ import main
 import options
 import retrain
 import utils
-from child import retraining, source
-from loading import splits
+from child import retraining, source, testing
+from loading import records
 from loading.augmentation import Augmentation, augment, symmetries
 from loading.batches import Data
 from model import ChildNetwork
@@ -272,7 +272,7 @@ def test_the_groups_of_a_search_stay_whole_from_hand_to_hand(searched: list[str]
         split = json.loads((found.folder / "split.json").read_text())
         scenes = [{Path(name).name.split("_")[0] for name in split[part]} for part in ("train", "valid", "test")]
         assert (
-            not scenes[0] & scenes[2] and not scenes[1] & scenes[2] and sum(len(split[p]) for p in splits.SPLITS) >= 30
+            not scenes[0] & scenes[2] and not scenes[1] & scenes[2] and sum(len(split[p]) for p in records.SPLITS) >= 30
         )
 
 
@@ -489,3 +489,50 @@ def test_the_mean_over_symmetries_is_tested_and_exported(searched: list[str], tm
     plain = retrain.main([*searched, "--flip=dihedral", "--name=plain"])
     assert torch.allclose(upright, turned, atol=1e-5)
     assert plain.figures["weights"] == tested.figures["weights"] and plain.figures["loss"] != tested.figures["loss"]
+
+
+def test_a_folder_called_like_the_search_hides_no_split(
+    searched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    found = retrain.main([*searched, "--epochs=1"])
+    run = tmp_path / "experiments" / "run"
+    wanted = json.loads((run / "split.json").read_text())["test"]
+    assert json.loads((found.folder / "split.json").read_text())["test"] == wanted
+    (run / "cells.py").write_text(f"A = {genotype_call(found)}\nB = {genotype_call(found)}\n")
+    named = retrain.main([*searched, f"--genotype={run}/cells.py:A", "--name=named", "--epochs=1"])
+    assert json.loads((named.folder / "split.json").read_text())["test"] == wanted
+    assert "no split of the search" not in capsys.readouterr().out
+
+
+def genotype_call(found: testing.Tested) -> str:
+    assert found.genotype is not None
+    cell = found.genotype.to_dict()
+    del cell["space"]
+    return f"Genotype({', '.join(f'{name}={value!r}' for name, value in cell.items())})"
+
+
+def test_what_a_killed_export_left_is_cleared(searched: list[str]) -> None:
+    folder = retrain.main(searched).folder
+    (folder / ".child.onnx.x1.tmp").mkdir()
+    (folder / ".child.onnx.x1.tmp" / "child.onnx").write_bytes(b"half")
+    retrain.main([*searched, "--resume=True"])
+    assert not list(folder.glob(".child*"))
+
+
+def test_classes_that_differ_in_capitals_alone_are_told_apart(searched: list[str], tiny: Path, tmp_path: Path) -> None:
+    data, other = tmp_path / "data", tmp_path / "other"
+    for number, name in enumerate(("Owl", "dog", "owl")):
+        shutil.copytree(tiny / f"class{number}", data / name)
+    trained = retrain.main([*searched, f"--dataset={data}", "--genotype=SNAS_mild"])
+    test = json.loads((trained.folder / "split.json").read_text())["test"]
+    (other / "Owl").mkdir(parents=True)
+    for name in test:
+        if name.startswith("Owl"):
+            shutil.copy(data / name, other / name)
+    where = [searched[1], "--name=again", "--eval_only=True", f"--test_folder={other}"]
+    assert retrain.main(where).figures["acc"] == pytest.approx(trained.figures["per_class_acc"]["Owl"])
+    (other / "Owl").rename(other / "OWL")
+    with pytest.raises(UserError, match="know no class 'OWL'"):
+        retrain.main(where)

@@ -59,6 +59,13 @@ def test_the_projection_decides_a_tie() -> None:
     assert child_cost(table, alphas) == 1
 
 
+def test_the_projection_decides_a_tie_with_a_third_operation() -> None:
+    table = Table(0.0, torch.tensor([[10.0, 9.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64))
+    alphas = [nn.Parameter(torch.tensor([[0.3, 0.3, 0.1]])), nn.Parameter(torch.zeros(1, 3))]
+    project(alphas, [(table, 5.0)])
+    assert child_cost(table, alphas) == 1
+
+
 def test_a_projection_keeps_all_budgets_of_the_real_space() -> None:
     torch.manual_seed(0)
     alphas = [nn.Parameter(torch.randn(14, 8)) for _ in range(2)]
