@@ -53,6 +53,11 @@ def _stages(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> list[
     common = [f"--dataset={opt.dataset}", *places]
     split = Path(opt.experiments_dir) / f"{opt.name}_search_0" / "split.json"
     stages: list[tuple[str, Callable[[], None]]] = []
+    for kind, name, config, more in (  # what is wrong is said before the first search, not after it
+        (TrainOptions, "search", opt.search_config, opt.search_options),
+        (ChildOptions, "retrain", opt.retrain_config, opt.retrain_options),
+    ):
+        options.parse(kind, [f"--config={config}", *more, *common], f"compare.py: --{name}_options", "")
     for seed in range(opt.n):
         search = f"{opt.name}_search_{seed}"
 
@@ -62,9 +67,9 @@ def _stages(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> list[
             _search(options.parse(TrainOptions, [*given, f"--seed={seed}", "--resume=True"], "main.py", ""))
 
         stages.append((search, look))
-        for kind in opt.contenders:
+        for contender in opt.contenders:
 
-            def train(kind: str = kind, search: str = search, seed: int = seed) -> None:
+            def train(kind: str = contender, search: str = search, seed: int = seed) -> None:
                 given = [f"--config={opt.retrain_config}", *opt.retrain_options, *common, f"--split={split}"]
                 given += [f"--name={opt.name}_{kind}_{seed}", f"--seed={seed}", "--resume=True"]
                 size = rows["found"][seed]["params"] if kind != "found" else 0
@@ -76,7 +81,7 @@ def _stages(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> list[
                 row["minutes"] += _minutes(Path(opt.experiments_dir) / search) if kind == "found" else 0.0
                 rows[kind].append(row)
 
-            stages.append((f"{opt.name}_{kind}_{seed}", train))
+            stages.append((f"{opt.name}_{contender}_{seed}", train))
     return stages
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
@@ -41,6 +42,11 @@ class CompareOptions:
         """Raise UserError where a value is not allowed."""
         if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or self.name in (".", ".."):
             raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
+        for option in ("search_config", "retrain_config"):
+            if not Path(getattr(self, option)).is_file():
+                raise UserError(
+                    f"--{option} {getattr(self, option)}: no such file; the presets are in options/presets/"
+                )
         unknown = [name for name in self.contenders if name not in CONTENDERS]
         if unknown or "found" not in self.contenders or len({*self.contenders}) < 2:
             raise UserError(f"--contenders {self.contenders}: found and at least one of {', '.join(CONTENDERS[1:])}")

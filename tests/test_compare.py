@@ -51,12 +51,29 @@ def test_it_stops_in_time_and_goes_on(given: list[str], capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    "wrong", ["--contenders=[plain]", "--contenders=[found]", "--contenders=[found,svm]", "--name=a/b", "--n=0"]
+    "wrong",
+    [
+        "--contenders=[plain]",
+        "--contenders=[found]",
+        "--contenders=[found,svm]",
+        "--name=a/b",
+        "--n=0",
+        "--search_config=nope.yaml",
+    ],
 )
 def test_bad_options_are_one_line(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         compare.main([wrong])
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_typo_is_said_before_the_first_search(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        compare.main([*given, '--retrain_options=["--epoch=3"]'])
+    assert "compare.py: --retrain_options: error" in capsys.readouterr().err
+    assert not list((tmp_path / "experiments").glob("*_search_*"))
 
 
 def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
