@@ -4,15 +4,31 @@ Everything is trained with one recipe on one split and tested once; interrupted,
 """
 
 import json
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import options
+from options import UserError
 from options.child_option import ChildOptions
-from options.compare_option import CompareOptions
+from options.compare_option import CONTENDERS, CompareOptions
 from options.default_option import TrainOptions
+
+
+class Stage(NamedTuple):
+    """A search or a training."""
+
+    kind: str  # search, or a contender
+    seed: int
+    opt: TrainOptions | ChildOptions
+
+    def done(self) -> bool:
+        """Whether it was finished before; raises UserError if it was of other options or images."""
+        from training.run import finished
+
+        return finished(self.opt, "genotype.json" if self.kind == "search" else "test.json")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -21,21 +37,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     import utils
     from child import comparison
 
-    folder, start = Path(opt.experiments_dir) / opt.name, time.monotonic()
+    folder = Path(opt.experiments_dir) / opt.name
+    stages = [*_stages(opt, {})]  # what is wrong with the options is said before the first search, not after it
     utils.writable(folder, "experiments_dir")
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in opt.contenders}
-    for number, (kind, run) in enumerate(stages := _stages(opt, rows)):
-        passed = (time.monotonic() - start) / 60
-        if opt.minutes is not None and passed > opt.minutes:
-            print(f"note: --minutes {opt.minutes:g} are over; the same command goes on with what is left")
-            break
-        left = f", about {passed / number * (len(stages) - number):.0f} minutes left" if number else ""
-        print(f"--- {number + 1} of {len(stages)}: {kind}{left}", flush=True)
-        run()
-    if not all(rows.values()):
-        raise options.UserError("not every contender has been trained yet; give more --minutes")
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS if name in opt.contenders}
+    seconds: dict[str, list[float]] = {}  # of what ran now, by kind
+    start = time.monotonic()
+    for number, stage in enumerate(_stages(opt, rows)):
+        title = f"--- {number + 1} of {len(stages)}: {stage.opt.name}"
+        if not stage.done():
+            if opt.minutes is not None and time.monotonic() - start > 60 * opt.minutes:
+                print(f"note: --minutes {opt.minutes:g} are over; the same command goes on with what is left")
+                break
+            print(title + _left([other.kind for other in stages[number:]], seconds), flush=True)
+            began = time.monotonic()
+            try:
+                _run(stage)
+            except UserError as error:
+                if not str(error).startswith("--match_params"):
+                    raise
+                print(f"note: {stage.opt.name} is left out: {error}")
+                continue
+            seconds.setdefault(stage.kind, []).append(time.monotonic() - began)
+        if stage.kind != "search":
+            rows[stage.kind].append(_figures(stage, opt))
+    rows = {name: its for name, its in rows.items() if its}
+    if "found" not in rows or len(rows) < 2:
+        raise UserError("not every contender has been trained yet; give more --minutes")
     gaps = comparison.compare(rows)
-    text = f"{comparison.table(rows)}\n\n{comparison.verdict(gaps)}"
+    text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps)}"
     result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
     utils.write_atomic(folder / "comparison.json", json.dumps(result | {"differences": gaps}, indent=1) + "\n")
     utils.write_atomic(folder / "comparison.md", text + "\n")
@@ -47,83 +77,76 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return result | {"differences": gaps}
 
 
-def _stages(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, Callable[[], None]]]:
-    """(what it is, does it) of every search and training, contender by contender within a round."""
+def _stages(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> Iterator[Stage]:
+    """Every search and training, a round a seed.
+
+    Args:
+        opt: the options.
+        rows: what was found so far: the others get the parameters of the found cell of their round.
+    """
     places = [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
-    common = [f"--dataset={opt.dataset}", *places]
-    split = Path(opt.experiments_dir) / f"{opt.name}_search_0" / "split.json"
-    stages: list[tuple[str, Callable[[], None]]] = []
-    for kind, name, config, more in (  # what is wrong is said before the first search, not after it
-        (TrainOptions, "search", opt.search_config, opt.search_options),
-        (ChildOptions, "retrain", opt.retrain_config, opt.retrain_options),
-    ):
-        options.parse(kind, [f"--config={config}", *more, *common], f"compare.py: --{name}_options", "")
+    common = [f"--dataset={opt.dataset}", *places, "--resume=True"]
+    split = f"--split={Path(opt.experiments_dir) / f'{opt.name}_search_0' / 'split.json'}"
     for seed in range(opt.n):
-        search = f"{opt.name}_search_{seed}"
-
-        def look(search: str = search, seed: int = seed) -> None:
-            of = [] if seed == 0 else [f"--split={split}"]
-            given = [f"--config={opt.search_config}", *opt.search_options, *common, *of, f"--name={search}"]
-            _search(options.parse(TrainOptions, [*given, f"--seed={seed}", "--resume=True"], "main.py", ""))
-
-        stages.append((search, look))
-        for contender in opt.contenders:
-
-            def train(kind: str = contender, search: str = search, seed: int = seed) -> None:
-                given = [f"--config={opt.retrain_config}", *opt.retrain_options, *common, f"--split={split}"]
-                given += [f"--name={opt.name}_{kind}_{seed}", f"--seed={seed}", "--resume=True"]
-                size = rows["found"][seed]["params"] if kind != "found" else 0
-                given += {
-                    "found": [f"--genotype={search}"],
-                    "random": [f"--genotype=random:{seed}", f"--match_params={size}"],
-                }.get(kind, [f"--network={kind}", f"--genotype={search}", f"--match_params={size}"])
-                row = _train(options.parse(ChildOptions, given, "retrain.py", ""))
-                row["minutes"] += _minutes(Path(opt.experiments_dir) / search) if kind == "found" else 0.0
-                rows[kind].append(row)
-
-            stages.append((f"{opt.name}_{contender}_{seed}", train))
-    return stages
+        name = f"{opt.name}_search_{seed}"
+        given = [f"--config={opt.search_config}", *opt.search_options, *common, f"--name={name}", f"--seed={seed}"]
+        search = options.parse(TrainOptions, [*given, *([split] if seed else [])], "compare.py: search_options", "")
+        if search.nodes != 4 and "random" in opt.contenders:
+            raise UserError("random cells have 4 nodes, a search with --nodes cannot be compared with them")
+        yield Stage("search", seed, search)
+        for kind in (contender for contender in CONTENDERS if contender in opt.contenders):
+            found = rows.get("found", [])
+            size = found[seed]["params"] if len(found) > seed else 1
+            of = {
+                "found": [f"--genotype={name}"],
+                "random": [f"--genotype=random:{seed}", f"--space={search.space}", f"--match_params={size}"],
+            }.get(kind, [f"--network={kind}", f"--genotype={name}", f"--match_params={size}"])
+            given = [f"--config={opt.retrain_config}", *opt.retrain_options, *common, split, *of]
+            given += [f"--name={opt.name}_{kind}_{seed}", f"--seed={seed}"]
+            yield Stage(kind, seed, options.parse(ChildOptions, given, "compare.py: retrain_options", ""))
 
 
-def _search(opt: TrainOptions) -> None:
+def _left(kinds: list[str], seconds: dict[str, list[float]]) -> str:
+    """About how long the stages of these kinds will take, once one of each kind has run."""
+    if not {*kinds} <= seconds.keys():
+        return ""
+    return f", about {sum(statistics.mean(seconds[kind]) for kind in kinds) / 60:.0f} minutes left"
+
+
+def _run(stage: Stage) -> None:
     import search
+    from child import retraining
     from objective import Objective
-    from training.run import finished
 
-    if not finished(opt, "genotype.json"):
-        search.run_search(opt, lambda network, info, opt: Objective())
+    if isinstance(stage.opt, TrainOptions):
+        search.run_search(stage.opt, lambda network, info, opt: Objective())
+    else:
+        retraining.run_retrain(stage.opt)
 
 
-def _train(opt: ChildOptions) -> dict[str, Any]:
-    """The figures of a training, run now if it is not finished."""
+def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
+    """Of a finished training; the minutes are those of its epochs, for a found cell with its search."""
     import torch
 
     import utils
-    from child import retraining, source
+    from child import source
+    from loading.augmentation import symmetries
     from training import checkpoint
-    from training.run import finished
 
-    if not finished(opt, "test.json"):
-        retraining.run_retrain(opt)
-    folder = Path(opt.experiments_dir) / opt.name
+    child = stage.opt
+    assert isinstance(child, ChildOptions)
+    base = Path(opt.experiments_dir)
+    folder = base / child.name
     figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
-    content = checkpoint.load(checkpoint.path_of(folder, "child", opt.epochs))
+    content = checkpoint.load(checkpoint.path_of(folder, "child", child.epochs))
     network, data = source.load_child(content)[0], content["data"]
-    image = torch.zeros(1, data["channels"], *data["image_size"])
+    images = symmetries(torch.zeros(1, data["channels"], *data["image_size"]), child.flip if child.tta else "none")
     with torch.no_grad():
-        calls = utils.in_turns({"ms": lambda: 1000 * utils.timed(lambda: network(image))}, 30)["ms"]
+        calls = utils.in_turns({"ms": lambda: 1000 * utils.timed(lambda: [network(x) for x in images])}, 30)["ms"]
+    ran = [folder, *([base / f"{opt.name}_search_{stage.seed}"] if stage.kind == "found" else [])]
+    took = sum(row["epoch_seconds"] for run in ran for row in utils.read_metrics(run / "metrics.jsonl"))
     kept = ("acc", "balanced_acc", "params", "flops", "test_images", "seed")
-    return {name: figures[name] for name in kept} | {
-        "minutes": _minutes(folder),
-        "latency_ms": sorted(calls)[len(calls) // 2],
-    }
-
-
-def _minutes(folder: Path) -> float:
-    """That the epochs of a run took."""
-    import utils
-
-    return sum(row["epoch_seconds"] for row in utils.read_metrics(folder / "metrics.jsonl")) / 60
+    return {name: figures[name] for name in kept} | {"minutes": took / 60, "latency_ms": statistics.median(calls)}
 
 
 if __name__ == "__main__":

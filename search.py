@@ -172,7 +172,8 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
 def _one_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[str, Any]:
     start = time.perf_counter()
     row = _train_epoch(run, learner, epoch)
-    learner.objective.after_epoch(learner.alpha_optimizer)
+    if epoch > run.opt.warmup_epochs:
+        learner.objective.after_epoch(learner.alpha_optimizer)
     row |= _evaluate_epoch(run, learner, epoch, row["temperature"])
     return row | learner.objective.report() | {"epoch_seconds": time.perf_counter() - start}
 

@@ -6,55 +6,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, permutation_test
+from scipy.stats import t
 
 NAMES = {"found": "found cell", "random": "random cell", "plain": "plain CNN", "resnet": "small ResNet"}
-_RESAMPLES = 9999
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # of each contender: acc, balanced_acc, params, flops, minutes, ...
+Gap = dict[str, float | None]
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float | None]:
-    """mean(first) - mean(second), its 95 % bootstrap interval over runs, and the p of a permutation test.
+def difference(first: Sequence[float], second: Sequence[float]) -> Gap:
+    """mean(first) - mean(second), its 95 % interval over runs and p by Welch's t test, for which a few runs do.
 
-    Interval and p are None where a side has one run, or all runs agree.
+    t = difference / s, s^2 = sum of var_i / n_i, with s^4 / sum of (var_i / n_i)^2 / (n_i - 1) degrees of freedom.
+    Interval and p are None where a side has one run, or the runs of each side agree.
     """
-    gap: dict[str, float | None] = {"difference": statistics.mean(first) - statistics.mean(second)}
-    gap |= {"low": None, "high": None, "p": None}
-    if min(len(first), len(second)) < 2 or len({*first}) + len({*second}) == 2:
+    gap: Gap = {"difference": statistics.mean(first) - statistics.mean(second), "low": None, "high": None, "p": None}
+    if min(len(first), len(second)) < 2 or len({*first}) == len({*second}) == 1:
         return gap
-
-    def means(a: Any, b: Any, axis: int = -1) -> Any:
-        return np.mean(a, axis=axis) - np.mean(b, axis=axis)
-
-    both, random = (np.asarray(first), np.asarray(second)), np.random.default_rng(0)
-    found = bootstrap(both, means, n_resamples=_RESAMPLES, method="percentile", vectorized=True, rng=random)
-    tested = permutation_test(both, means, n_resamples=_RESAMPLES, vectorized=True, rng=random)
-    interval = found.confidence_interval
-    return gap | {"low": float(interval.low), "high": float(interval.high), "p": float(tested.pvalue)}
+    parts = [(statistics.variance(side) / len(side), len(side) - 1) for side in (first, second)]
+    error, points = sum(part for part, _ in parts) ** 0.5, statistics.mean(first) - statistics.mean(second)
+    freedom = error**4 / sum(part**2 / n for part, n in parts)
+    half = float(t.ppf(0.975, freedom)) * error
+    return gap | {"low": points - half, "high": points + half, "p": float(2 * t.sf(abs(points) / error, freedom))}
 
 
-def compare(rows: Rows) -> dict[str, dict[str, float | None]]:
+def compare(rows: Rows) -> dict[str, Gap]:
     """The difference of the found cells' test accuracies to each other contender's."""
     found = [row["acc"] for row in rows["found"]]
     others = {name: [row["acc"] for row in its] for name, its in rows.items() if name != "found" and its}
     return {name: difference(found, accuracies) for name, accuracies in others.items()}
 
 
-def verdict(gaps: Mapping[str, Mapping[str, float | None]]) -> str:
-    """One sentence for people: what the search gained over each contender, or that nothing is shown."""
+def verdict(rows: Rows, gaps: Mapping[str, Gap]) -> str:
+    """One sentence for people: what the search gained or lost against each contender, or that nothing is shown."""
     parts = []
     for name, gap in gaps.items():
         points, low, high = gap["difference"], gap["low"], gap["high"]
         assert points is not None
-        if low is None or high is None:
-            shown = "one run of each shows nothing"
-        else:
-            sure = low > 0 or high < 0
-            shown = f"{low:.1f} to {high:.1f}" + ("" if sure else ", so nothing is shown")
         verb = "gained" if points >= 0 else "lost"
-        parts.append(f"{verb} {abs(points):.1f} points ({shown}) against a {NAMES[name]}")
-    return f"At the same parameters the search {'; '.join(parts)}."
+        if low is None or high is None:
+            few = min(len(rows["found"]), len(rows[name])) < 2
+            shown = "one run shows nothing" if few else "the runs of each agree"
+        else:
+            ends = (low, high) if points >= 0 else (-high, -low)
+            shown = f"{ends[0]:.1f} to {ends[1]:.1f}" + ("" if ends[0] > 0 else ", so nothing is shown")
+        own, other = (statistics.mean(row["params"] for row in rows[which]) for which in ("found", name))
+        size = 100 * (other / own - 1)
+        more = f" with {abs(size):.0f} % {'more' if size > 0 else 'fewer'} parameters" if abs(size) > 2 else ""
+        parts.append(f"{verb} {abs(points):.1f} points ({shown}) against a {NAMES[name]}{more}")
+    return f"The search {'; '.join(parts)}."
 
 
 def table(rows: Rows) -> str:
@@ -80,8 +80,8 @@ def draw(rows: Rows, path: Path) -> None:
     shown = [name for name, its in rows.items() if its]
     for place, name in enumerate(shown):
         values = [row["acc"] for row in rows[name]]
-        offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
-        axes.scatter(np.asarray(offsets) + place, values, color=f"C{place}", zorder=3)
+        offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
+        axes.scatter(offsets + place, values, color=f"C{place}", zorder=3)
         axes.hlines(statistics.mean(values), place - 0.25, place + 0.25, color=f"C{place}", linewidth=2)
     axes.set_xticks(range(len(shown)), [f"{NAMES[name]}\nn = {len(rows[name])}" for name in shown])
     axes.set_ylabel("test accuracy, %")

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 import options
 import utils
-from child import program, source
-from genotypes import Genotype
+from child import card, program, source
 from loading import pixels
 from loading.augmentation import symmetries
 from loading.batches import Data
@@ -107,15 +106,15 @@ def run_export(opt: ExportOptions) -> Exported:
                 "compared_on": f"{len(images)} {kind}",
                 "latency": _latency(predict, images[:1].numpy(), opt.format),
             }
-            test = _test_figures(weights.parent / "test.json", source.fingerprint(network))
-            card = _card(opt, path, content, genotype) | checked | {"test": test}
-            utils.write_atomic(described[1], json.dumps(card, indent=1) + "\n")
-            utils.write_atomic(described[0], _markdown(card))
+            test = card.test_figures(weights.parent / "test.json", source.fingerprint(network))
+            said = card.describe(opt, path, content, genotype) | checked | {"test": test}
+            utils.write_atomic(described[1], json.dumps(said, indent=1) + "\n")
+            utils.write_atomic(described[0], card.markdown(said))
             _check_free(path, *cards)  # again: another export may have been faster
             for file, target in zip((made, *described), (path, *cards), strict=True):
                 file.replace(target)
         print(f"written  {path}, {', '.join(map(str, cards))}")
-        return Exported(path, cards, card)
+        return Exported(path, cards, said)
 
 
 def _check_free(*files: Path) -> None:
@@ -160,30 +159,6 @@ def _compare_files(
         if not same or abs(module["classify"]([str(folder / name)])[0][1] - share) > 1e-3:
             what = "guesses otherwise about" if same else "has other pixels of"
             raise UserError(f"the program beside the exported file {what} {folder / name} than the model")
-
-
-def _card(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: Genotype | None) -> dict[str, Any]:
-    """What is known of the file without running it."""
-    info, trained = DataInfo(**content["data"]), content["options"]
-    height, width = info.image_size
-    values = "0..255" if opt.input == "uint8" else "0..1"
-    return {
-        "file": path.name,
-        "format": opt.format,
-        "input": f"images: {opt.input} (B, {info.channels}, {height}, {width}), {values}",
-        "output": f"logits: float32 (B, {len(info.classes)})",
-        "classes": info.classes,
-        "mean": info.mean,
-        "std": info.std,
-        "white": info.white,
-        **source.price(options.restore(ChildOptions, trained), genotype, info),
-        "data": trained["dataset"],
-        "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
-        "epoch": content["epoch"],
-        "commit": utils.commit(),
-        "genotype": genotype and genotype.to_dict(),
-        "options": trained,
-    }
 
 
 def _find_checkpoint(opt: ExportOptions) -> Path:
@@ -279,56 +254,3 @@ def _latency(predict: Predict, image: np.ndarray[Any, Any], kind: str) -> dict[s
         "runtime": "onnxruntime" if kind == "onnx" else "torch.export, eager",
         "device": f"{utils.processor()}, threads: {torch.get_num_threads()}",
     }
-
-
-def _test_figures(path: Path, weights: str) -> dict[str, Any] | None:
-    """acc, balanced_acc, ece, per-class accuracies and number of images of test.json, if it is of these weights."""
-    if not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["weights"] == weights:
-            return {name: stored[name] for name in ("acc", "balanced_acc", "ece", "test_images", "per_class_acc")}
-    except (ValueError, KeyError, TypeError):
-        pass
-    print(f"note: {path} does not say that it is of these weights; the card has no accuracies")
-    return None
-
-
-def _markdown(card: Mapping[str, Any]) -> str:
-    test, took = card["test"], card["latency"]
-    lines = [f"# {card['file']}", ""]
-    if test:
-        lines += [
-            f"An image classifier with **{test['acc']:.2f} %** accuracy ({test['balanced_acc']:.2f} % balanced, "
-            f"calibration error {test['ece']:.3f}) on {test['test_images']:,} test images that it was not trained on.",
-        ]
-    else:
-        lines += ["An image classifier that has not been tested."]
-    lines += [
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| input | {card['input']}; normalisation is inside |",
-        f"| output | {card['output']} |",
-        f"| size | {card['params']:,} parameters, {card['flops'] / 1e6:,.2f} Mflops (multiply-adds) an image |",
-        f"| latency | {took['latency_ms']:.2f} ms an image ({took['p10_ms']:.2f} to {took['p90_ms']:.2f}, "
-        f"n = {took['n']}), {took['runtime']}, {took['device']} |",
-        f"| file against model | logits differ by at most {card['largest_difference']:.1e} on {card['compared_on']} |",
-        f"| data | {card['data']} |",
-        f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
-        f"| training | {card['epoch']} epochs, seed {card['options']['seed']} |",
-        f"| exported | with commit {card['commit'][:12]} |",
-        "",
-        "| class | training images | test accuracy |",
-        "| --- | ---: | ---: |",
-    ]
-    for name, count in card["train_images_per_class"].items():
-        share = test["per_class_acc"].get(name) if test else None
-        name = "".join(letter if letter.isprintable() else " " for letter in name).replace("|", "\\|")
-        lines.append(f"| {name} | {count:,} | {'-' if share is None else f'{share:.1f} %'} |")
-    for kind in ("normal", "reduce") if card["genotype"] else ():
-        lines += ["", f"{kind} cell:", ""]
-        for index, node in enumerate(card["genotype"][kind]):
-            lines.append(f"- node {index}: " + (", ".join(f"{op} of {source}" for op, source in node) or "no input"))
-    return "\n".join(lines) + "\n"

@@ -59,6 +59,10 @@ def make_learner(opt: ChildOptions, network: Trainable, steps: int) -> ChildLear
     scheduler: LRScheduler
     if opt.schedule == "onecycle":
         total = opt.epochs * steps
+        if total < 6:
+            raise UserError(
+                f"--schedule onecycle needs 6 steps or more to rise and fall, --epochs {opt.epochs} are {total}"
+            )
         scheduler = OneCycleLR(optimizer, opt.learning_rate, total, pct_start=0.2, cycle_momentum=False)
     elif opt.schedule == "cosine":
         scheduler = CosineAnnealingLR(optimizer, opt.epochs, opt.learning_rate_min)

@@ -17,6 +17,7 @@ from child import baselines, cells
 from child.baselines import Baseline
 from genotypes import Genotype
 from loading import records
+from loading.augmentation import symmetries
 from loading.records import Stored
 from loading.sets import DataInfo
 from model import ChildNetwork
@@ -67,6 +68,11 @@ def price(opt: ChildOptions, genotype: Genotype | None, info: DataInfo) -> dict[
         return cost.count(make_network(opt, None, info), info.channels, (info.image_size[0], info.image_size[1]))
 
 
+def passes(opt: ChildOptions) -> int:
+    """How often the network runs to test an image: over the symmetries of --tta."""
+    return len(symmetries(torch.zeros(1, 1, 1, 1), opt.flip)) if opt.tta else 1
+
+
 def find_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
     """The genotype that --genotype names.
 
@@ -115,11 +121,21 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def searches(opt: ChildOptions) -> dict[str, Stored | None]:
-    """The splits of the searches that the genotype and the initial weights come from, by name; None if unknown."""
+    """The splits of the searches that the genotype and the initial weights come from, by name; None if unknown.
+
+    Raises:
+        UserError: a file is no split, or --network is given with the name of a search that does not exist.
+    """
     found: dict[str, Stored | None] = {}
-    if opt.genotype not in genotypes.GENOTYPES and not opt.genotype.startswith("random:"):
+    alone = opt.network != "cells" and "genotype" not in options.given(opt)
+    if not alone and opt.genotype not in genotypes.GENOTYPES and not opt.genotype.startswith("random:"):
         files = [path for path in (Path(opt.genotype), Path(opt.genotype.rpartition(":")[0])) if path.is_file()]
-        found[opt.genotype] = _split_of(files[0] if files else Path(opt.experiments_dir) / opt.genotype)
+        place = files[0] if files else Path(opt.experiments_dir) / opt.genotype
+        if opt.network != "cells" and not place.exists():
+            raise UserError(
+                f"--genotype {opt.genotype}: no such search, whose split --network {opt.network} would take"
+            )
+        found[opt.genotype] = _split_of(place)
     if opt.init_from is not None:
         found[opt.init_from] = _split_of(Path(opt.experiments_dir) / opt.init_from)
     return found

@@ -11,6 +11,7 @@ from child import source
 from child.source import Trainable
 from genotypes import Genotype
 from loading.augmentation import symmetries
+from loading.sets import DataInfo
 from options.child_option import ChildOptions
 from training import evaluation
 from training.run import Run
@@ -61,13 +62,19 @@ def test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None) 
             *evaluation.predict(logits_of(run, network, opt.flip if opt.tta else "none"), run.batches("test")),
             info.classes,
         ),
-        **source.price(opt, genotype, info),
+        **tested_cost(opt, genotype, info),
         "network": opt.network,
         "seed": opt.seed,
         "weights": source.fingerprint(network),
         "train_images": len(run.data.indices["train"]),
         "genotype": genotype and genotype.to_dict(),
     }
+
+
+def tested_cost(opt: ChildOptions, genotype: Genotype | None, info: DataInfo) -> dict[str, int]:
+    """params, flops and mac of an image that is tested: all passes of --tta."""
+    cost = source.price(opt, genotype, info)
+    return {name: value if name == "params" else source.passes(opt) * value for name, value in cost.items()}
 
 
 def in_words(result: Mapping[str, Any]) -> str:

@@ -126,8 +126,7 @@ class _Walk:
 
     def files(self, folder: str, prefix: str, label: str) -> Iterator[str]:
         """The images in a folder and below, as prefix + relative path; of several names the first, links last."""
-        about = os.stat(folder)
-        if self._same(_identity(about), prefix, label, "folder"):
+        if self._same(_identity(os.stat(folder)), prefix, label, "folder"):
             return
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
@@ -137,8 +136,7 @@ class _Walk:
             path, ending = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
             try:
                 folder_, file = entry.is_dir(), entry.is_file()
-                linked = entry.is_symlink()
-                identity = _identity(os.stat(entry.path)) if linked else (about.st_dev, entry.inode())
+                identity = _identity(os.stat(entry.path))
             except OSError:  # it leads nowhere, or to itself
                 self.left_out["broken link"] += 1
                 continue
@@ -156,7 +154,7 @@ class _Walk:
     def _same(self, identity: tuple[int, int], path: str, label: str, kind: str) -> bool:
         """Whether it was met before; raises UserError if in another class."""
         first, of = self._met.setdefault(identity, (path, label))
-        if first == path:
+        if first == path or not identity[1]:  # some file systems have no numbers
             return False
         if of not in ("", label):
             raise UserError(f"{self._where}: {path} and {first} are the same {kind}, in two classes; remove one")

@@ -51,7 +51,9 @@ def draw(
 def _unused(old: Stored, opt: DataOptions) -> list[str]:
     """A note, if options are given that a split which exists has no use for."""
     usual, drawn = vars(DataOptions()), {**old.portions, "group_pattern": old.group_pattern}
-    unused = [name for name, value in drawn.items() if getattr(opt, name) not in (value, usual[name])]
+    unused = [
+        name for name, value in drawn.items() if name != "seed" and getattr(opt, name) not in (value, usual[name])
+    ]
     words = ", ".join(f"--{name}" for name in unused)
     return [f"the images are split as in the split that there is, without regard to {words}"] if unused else []
 

@@ -81,6 +81,8 @@ class ChildOptions(RunOptions):
             raise UserError(f"--genotype {self.genotype}: the seed is a number, as in random:3")
         if self.stem == "imagenet" and self.init_channels < 2:
             raise UserError("--init_channels 1: the ImageNet stem begins with half of them, take at least 2")
+        if self.nesterov and not self.momentum:
+            raise UserError("--nesterov True needs a --momentum above 0")
         if self.test_folder is not None and not self.eval_only:
             raise UserError("--test_folder goes with --eval_only True")
         if self.match_params is not None and not self.genotype.startswith("random:") and self.network == "cells":

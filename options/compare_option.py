@@ -9,6 +9,11 @@ from jsonargparse.typing import PositiveFloat
 from options import PositiveInt, UserError
 
 CONTENDERS = ("found", "random", "plain", "resnet")
+# options of which every run has its own, or all have the same
+OWN = {
+    *("name", "seed", "split", "dataset", "experiments_dir", "visualizations_dir", "resume", "config", "eval_only"),
+    *("test_folder", "genotype", "genotype_epoch", "network", "match_params", "init_from"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class CompareOptions:
     minutes: PositiveFloat | None = None
     """No further training begins after so many minutes; what is finished is compared, and the next call goes on."""
     contenders: list[str] = field(default_factory=lambda: list(CONTENDERS))
-    """Of these: the found cell, a random one, a plain CNN, a small ResNet; all with the parameters of the found one."""
+    """Of these: the found cell, a random one, a plain CNN, a small ResNet; the others with about the parameters of the
+    found one."""
     search_config: str = "options/presets/quick.yaml"
     """The recipe of every search."""
     retrain_config: str = "options/presets/retrain_quick.yaml"
@@ -40,13 +46,17 @@ class CompareOptions:
 
     def check(self) -> None:
         """Raise UserError where a value is not allowed."""
-        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or self.name in (".", ".."):
-            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes")
+        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or not self.name.isprintable() or self.name in (".", ".."):
+            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes and line ends")
+        for given in (*self.search_options, *self.retrain_options):
+            if given.removeprefix("--").partition("=")[0] in OWN:
+                raise UserError(f"{given} is not for a recipe: compare.py sets it for every run")
         for option in ("search_config", "retrain_config"):
             if not Path(getattr(self, option)).is_file():
                 raise UserError(
                     f"--{option} {getattr(self, option)}: no such file; the presets are in options/presets/"
                 )
         unknown = [name for name in self.contenders if name not in CONTENDERS]
-        if unknown or "found" not in self.contenders or len({*self.contenders}) < 2:
+        twice = len({*self.contenders}) < len(self.contenders)
+        if unknown or twice or "found" not in self.contenders or len(self.contenders) < 2:
             raise UserError(f"--contenders {self.contenders}: found and at least one of {', '.join(CONTENDERS[1:])}")

@@ -1,10 +1,11 @@
 import json
-import statistics
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
 import compare
 import options
@@ -31,12 +32,14 @@ def test_contenders_are_trained_alike_on_one_split_and_compared(
     stored = json.loads((experiments / "compare" / "comparison.json").read_text())
     assert stored == json.loads(json.dumps(result)) and {*stored["runs"]} == {"found", "random", "plain", "resnet"}
     splits = [json.loads(path.read_text()) for path in experiments.glob("compare_*/split.json")]
-    assert len(splits) == 2 + 4 * 2 and all(split["test"] == splits[0]["test"] for split in splits)
+    assert len(splits) == 2 + 4 * 2
+    for part in ("train", "valid", "test"):
+        assert all(split[part] == splits[0][part] for split in splits)
     for name, rows in stored["runs"].items():
         assert [row["seed"] for row in rows] == [0, 1] and all(row["minutes"] > 0 for row in rows)
         for row, found in zip(rows, stored["runs"]["found"], strict=True):
             assert abs(row["params"] / found["params"] - 1) < (0.051 if name == "random" else 0.35)
-    assert "At the same parameters the search" in printed and "| plain CNN | 2 |" in printed
+    assert "The search " in printed and "| plain CNN | 2 |" in printed
     assert (experiments / "compare" / "comparison.png").stat().st_size > 5000
     again = compare.main(given)  # nothing is run twice
     assert again["runs"]["found"][0]["minutes"] == result["runs"]["found"][0]["minutes"]
@@ -48,6 +51,32 @@ def test_it_stops_in_time_and_goes_on(given: list[str], capsys: pytest.CaptureFi
         compare.main([*given, "--minutes=1e-6"])
     assert "are over; the same command goes on" in capsys.readouterr().out
     assert len(compare.main([*given, "--n=1"])["runs"]["plain"]) == 1
+    capsys.readouterr()
+    assert len(compare.main([*given, "--minutes=1e-6"])["runs"]["plain"]) == 1  # what is finished is read at any time
+    compare.main([*given, "--contenders=[plain,found]"])  # in any order
+    assert "about 0 minutes left" in capsys.readouterr().out  # of trainings that take a second
+
+
+def test_other_images_under_the_same_name_are_refused(given: list[str], tiny: Path, tmp_path: Path) -> None:
+    compare.main([*given, "--n=1", "--contenders=[found,plain]"])
+    shutil.copytree(tiny, tmp_path / "other")
+    with pytest.raises(UserError, match=r"is of the images in .*tiny.*; use a new --name"):
+        compare.main([*given, "--n=1", "--contenders=[found,plain]", f"--dataset={tmp_path}/other"])
+
+
+def test_cells_of_other_sizes_than_random_ones_are_refused(given: list[str]) -> None:
+    space = json.loads(next(option for option in given if "search_options" in option).partition("=")[2])
+    with pytest.raises(UserError, match="random cells have 4 nodes"):
+        compare.main([*given, f"--search_options={json.dumps([*space, '--nodes=2'])}"])
+
+
+def test_random_cells_are_of_the_space_that_is_searched(given: list[str], tmp_path: Path) -> None:
+    given = [*given, "--n=1", "--contenders=[found,random]"]
+    space = json.loads(next(option for option in given if "search_options" in option).partition("=")[2])
+    compare.main([*given, f"--search_options={json.dumps([*space, '--space=amoebanet'])}"])
+    for kind in ("found", "random"):
+        cell = json.loads((tmp_path / "experiments" / f"compare_{kind}_0" / "genotype.json").read_text())
+        assert cell["space"] == "amoebanet"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +85,8 @@ def test_it_stops_in_time_and_goes_on(given: list[str], capsys: pytest.CaptureFi
         "--contenders=[plain]",
         "--contenders=[found]",
         "--contenders=[found,svm]",
+        "--contenders=[found,plain,plain]",
+        '--retrain_options=["--network=resnet"]',
         "--name=a/b",
         "--n=0",
         "--search_config=nope.yaml",
@@ -72,37 +103,47 @@ def test_a_typo_is_said_before_the_first_search(
 ) -> None:
     with pytest.raises(SystemExit):
         compare.main([*given, '--retrain_options=["--epoch=3"]'])
-    assert "compare.py: --retrain_options: error" in capsys.readouterr().err
+    assert "compare.py: retrain_options: error" in capsys.readouterr().err
     assert not list((tmp_path / "experiments").glob("*_search_*"))
 
 
-def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
-    """Of normal samples of 20, 95 % of the intervals, give or take the bootstrap's known optimism."""
-    rng, hits = np.random.default_rng(0), 0
-    for _ in range(60):
-        gap = comparison.difference(rng.normal(1.0, 1.0, 20).tolist(), rng.normal(0.0, 1.0, 20).tolist())
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_nothing_is_shown_where_there_is_nothing_but_one_time_in_twenty(n: int) -> None:
+    rng, shown = np.random.default_rng(0), 0
+    for _ in range(600):
+        gap = comparison.difference(rng.normal(0, 1, n).tolist(), rng.normal(0, 1, n).tolist())
         assert gap["low"] is not None and gap["high"] is not None
-        hits += gap["low"] <= 1.0 <= gap["high"]
-    assert hits >= 51
+        shown += not gap["low"] <= 0 <= gap["high"]
+    assert shown <= 0.05 * 600 + 2 * (0.05 * 0.95 * 600) ** 0.5
 
 
-def test_the_permutation_p_of_few_runs_is_exact() -> None:
-    """By hand: of the 20 ways to divide six values, two are as far apart as 1, 2, 3 and 4, 5, 6."""
-    gap = comparison.difference([4.0, 5.0, 6.0], [1.0, 2.0, 3.0])
-    assert gap["difference"] == 3 and gap["p"] == pytest.approx(2 / 20)
+def test_the_interval_is_that_of_welch() -> None:
+    """By hand: means 91 and 81, variances 1 and 4, n = 3: df 2.94, t 3.218; and scipy's."""
+    gap = comparison.difference([90.0, 91.0, 92.0], [79.0, 81.0, 83.0])
+    assert gap["difference"] == 10
+    assert gap["low"] == pytest.approx(10 - 3.218 * (5 / 3) ** 0.5, abs=0.01)
+    assert gap["high"] == pytest.approx(10 + 3.218 * (5 / 3) ** 0.5, abs=0.01)
+    tested = ttest_ind([90.0, 91.0, 92.0], [79.0, 81.0, 83.0], equal_var=False)
+    assert gap["p"] == pytest.approx(tested.pvalue) and gap["low"] == pytest.approx(tested.confidence_interval().low)
     assert comparison.difference([1.0], [2.0, 3.0])["low"] is None
+    assert comparison.difference([1.0, 1.0, 1.0], [2.0, 3.0, 2.5])["low"] is not None
+    assert comparison.difference([1.0, 1.0], [2.0, 2.0])["low"] is None
 
 
 def test_the_verdict_says_what_is_shown_and_what_is_not() -> None:
-    def rows(*accuracies: float) -> list[dict[str, Any]]:
-        return [{"acc": value} for value in accuracies]
+    def rows(*accuracies: float, params: int = 100) -> list[dict[str, Any]]:
+        return [{"acc": value, "params": params} for value in accuracies]
 
-    gaps = comparison.compare({"found": rows(90, 91, 92), "random": rows(90, 91, 92.1), "plain": rows(80, 81, 82)})
-    text = comparison.verdict(gaps)
-    assert "lost 0.0 points" in text and "so nothing is shown) against a random cell" in text
-    assert f"gained {statistics.mean([90, 91, 92]) - 81:.1f} points (" in text and "against a plain CNN." in text
-    one = comparison.verdict(comparison.compare({"found": rows(90), "random": rows(80)}))
-    assert "gained 10.0 points (one run of each shows nothing) against a random cell" in one
+    def said(**of: list[dict[str, Any]]) -> str:
+        return comparison.verdict(of, comparison.compare(of))
+
+    found = rows(90, 91, 92)
+    text = said(found=found, random=rows(90, 91.5, 92.1), plain=rows(80, 81, 82, params=93))
+    assert text.startswith("The search lost 0.2 points (-") and "so nothing is shown) against a random cell;" in text
+    assert "gained 10.0 points (7.7 to 12.3) against a plain CNN with 7 % fewer parameters." in text
+    assert "lost 10.0 points (7.7 to 12.3) against a plain CNN." in said(found=rows(80, 81, 82), plain=found)
+    assert "gained 10.0 points (one run shows nothing)" in said(found=rows(90), random=rows(80))
+    assert "gained 0.0 points (the runs of each agree)" in said(found=rows(90, 90), random=rows(90, 90))
 
 
 def test_the_presets_of_the_comparison_exist() -> None:

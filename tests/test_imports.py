@@ -25,7 +25,7 @@ WINGS = {
     "loading": ["pixels", "kept", "folders", "images", "sets", "records", "splits", "augmentation", "batches"],
     "resources": ["cost", "latency", "projection", "budget"],
     "training": ["checkpoint", "evaluation", "run", "loop"],
-    "child": ["baselines", "cells", "source", "testing", "program", "retraining", "export", "comparison"],
+    "child": ["baselines", "cells", "source", "testing", "program", "retraining", "card", "export", "comparison"],
 }
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}
 

@@ -145,3 +145,11 @@ def test_every_estimator_and_penalty_makes_the_child_cheaper(
     free = main_constraint.main([*common, "--name=free", "--eta=0"])
     priced = main_constraint.main([*common, "--eta=20", f"--estimator={estimator}", f"--penalty={penalty}"])
     assert priced.metrics["cost_params"] < free.metrics["cost_params"]
+
+
+def test_a_warm_up_is_not_projected(arguments: list[str]) -> None:
+    """Though the budget is in force by then."""
+    tight = ["--target_params=1000", "--epochs=4", "--save_freq=1", "--arch_learning_rate=0.1"]
+    found = main_constraint.main([*arguments, *tight, "--warmup_epochs=3"])
+    assert all(map(torch.equal, alphas(found, 1), alphas(found, 3)))
+    assert rows(found)[2]["child_params"] > 1000 >= rows(found)[3]["child_params"]

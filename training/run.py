@@ -270,7 +270,13 @@ def finished(opt: RunOptions, leaves: str) -> bool:
     folder = Path(opt.experiments_dir) / opt.name
     if not (folder / leaves).exists():
         return False
-    check_same_options(opt, yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8")), folder)
+    try:
+        stored = dict(yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{folder}/options.yaml does not say what the run was; use a new --name") from None
+    check_same_options(opt, stored, folder)
+    if Path(stored["dataset"]).resolve() != Path(opt.dataset).resolve():
+        raise UserError(f"the run in {folder} is of the images in {stored['dataset']}; use a new --name")
     return True
 
 

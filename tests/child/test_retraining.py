@@ -536,3 +536,18 @@ def test_classes_that_differ_in_capitals_alone_are_told_apart(searched: list[str
     (other / "Owl").rename(other / "OWL")
     with pytest.raises(UserError, match="know no class 'OWL'"):
         retrain.main(where)
+
+
+def test_a_recipe_that_cannot_be_followed_is_one_line(searched: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="onecycle needs 6 steps or more to rise and fall, --epochs 1 are 1"):
+        retrain.main([*searched, "--schedule=onecycle", "--epochs=1", "--batch_size=64"])
+    with pytest.raises(SystemExit):
+        retrain.main([*searched, "--nesterov=True", "--momentum=0"])
+    with pytest.raises(UserError, match="no such search, whose split --network plain would take"):
+        retrain.main([*searched, "--network=plain", "--genotype=typo"])
+
+
+def test_all_passes_of_a_test_are_counted(searched: list[str]) -> None:
+    one = retrain.main([*searched, "--flip=both", "--epochs=1"]).figures
+    four = retrain.main([*searched, "--flip=both", "--epochs=1", "--tta=True", "--name=four"]).figures
+    assert (four["flops"], four["mac"], four["params"]) == (4 * one["flops"], 4 * one["mac"], one["params"])

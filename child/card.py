@@ -1,0 +1,95 @@
+"""The card of an exported file: what it is, in words and as JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import options
+import utils
+from child import source, testing
+from genotypes import Genotype
+from loading.sets import DataInfo
+from options.child_option import ChildOptions
+from options.export_option import ExportOptions
+
+
+def describe(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotype: Genotype | None) -> dict[str, Any]:
+    """What is known of the file without running it."""
+    info, trained = DataInfo(**content["data"]), content["options"]
+    child = options.restore(ChildOptions, trained)
+    height, width = info.image_size
+    values = "0..255" if opt.input == "uint8" else "0..1"
+    return {
+        "file": path.name,
+        "format": opt.format,
+        "input": f"images: {opt.input} (B, {info.channels}, {height}, {width}), {values}",
+        "output": f"logits: float32 (B, {len(info.classes)})",
+        "classes": info.classes,
+        "mean": info.mean,
+        "std": info.std,
+        "white": info.white,
+        **testing.tested_cost(child, genotype, info),
+        "passes": source.passes(child),
+        "data": trained["dataset"],
+        "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
+        "epoch": content["epoch"],
+        "commit": utils.commit(),
+        "genotype": genotype and genotype.to_dict(),
+        "options": trained,
+    }
+
+
+def test_figures(path: Path, weights: str) -> dict[str, Any] | None:
+    """acc, balanced_acc, ece, per-class accuracies and number of images of test.json, if it is of these weights."""
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["weights"] == weights:
+            return {name: stored[name] for name in ("acc", "balanced_acc", "ece", "test_images", "per_class_acc")}
+    except (ValueError, KeyError, TypeError):
+        pass
+    print(f"note: {path} does not say that it is of these weights; the card has no accuracies")
+    return None
+
+
+def markdown(card: Mapping[str, Any]) -> str:
+    """The card for people."""
+    test, took = card["test"], card["latency"]
+    lines = [f"# {card['file']}", ""]
+    if test:
+        lines += [
+            f"An image classifier with **{test['acc']:.2f} %** accuracy ({test['balanced_acc']:.2f} % balanced, "
+            f"calibration error {test['ece']:.3f}) on {test['test_images']:,} test images that it was not trained on.",
+        ]
+    else:
+        lines += ["An image classifier that has not been tested."]
+    lines += [
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| input | {card['input']}; normalisation is inside |",
+        f"| output | {card['output']} |",
+        f"| size | {card['params']:,} parameters, {card['flops'] / 1e6:,.2f} Mflops (multiply-adds) an image"
+        f"{', the mean over ' + str(card['passes']) + ' mirrored forms' if card['passes'] > 1 else ''} |",
+        f"| latency | {took['latency_ms']:.2f} ms an image ({took['p10_ms']:.2f} to {took['p90_ms']:.2f}, "
+        f"n = {took['n']}), {took['runtime']}, {took['device']} |",
+        f"| file against model | logits differ by at most {card['largest_difference']:.1e} on {card['compared_on']} |",
+        f"| data | {card['data']} |",
+        f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
+        f"| training | {card['epoch']} epochs, seed {card['options']['seed']} |",
+        f"| exported | with commit {card['commit'][:12]} |",
+        "",
+        "| class | training images | test accuracy |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, count in card["train_images_per_class"].items():
+        share = test["per_class_acc"].get(name) if test else None
+        name = "".join(letter if letter.isprintable() else " " for letter in name).replace("|", "\\|")
+        lines.append(f"| {name} | {count:,} | {'-' if share is None else f'{share:.1f} %'} |")
+    for kind in ("normal", "reduce") if card["genotype"] else ():
+        lines += ["", f"{kind} cell:", ""]
+        for index, node in enumerate(card["genotype"][kind]):
+            lines.append(f"- node {index}: " + (", ".join(f"{op} of {source}" for op, source in node) or "no input"))
+    return "\n".join(lines) + "\n"
