@@ -140,7 +140,7 @@ def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     content = checkpoint.load(checkpoint.path_of(folder, "child", child.epochs))
     network, data = source.load_child(content)[0], content["data"]
-    images = symmetries(torch.zeros(1, data["channels"], *data["image_size"]), child.flip if child.tta else "none")
+    images = symmetries(torch.zeros(1, data["channels"], *data["image_size"]), child.test_flip)
     with torch.no_grad():
         calls = utils.in_turns({"ms": lambda: 1000 * utils.timed(lambda: [network(x) for x in images])}, 30)["ms"]
     ran = [folder, *([base / f"{opt.name}_search_{stage.seed}"] if stage.kind == "found" else [])]

@@ -85,8 +85,7 @@ def run_export(opt: ExportOptions) -> Exported:
         network, genotype = source.load_child(content)
         info = DataInfo(**content["data"])
         trained = options.restore(ChildOptions, content["options"])
-        flip = trained.flip if trained.tta else "none"
-        model = Classifier(network, info, 255 if opt.input == "uint8" else 1, flip).eval()
+        model = Classifier(network, info, 255 if opt.input == "uint8" else 1, trained.test_flip).eval()
         images, kind = _images(opt, content, info)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not opt.out:
@@ -151,12 +150,13 @@ def _compare_files(
     info = DataInfo(**content["data"])
     height, width = info.image_size
     module = runpy.run_path(str(written))
+    guess = module["classifier"]()
     with torch.no_grad():
         shares = model(images[: len(names)]).softmax(-1).max(-1).values.tolist()
     for name, wanted, share in zip(names, images, shares, strict=False):
         got = module["preprocess"](folder / name, "L" if info.channels == 1 else "RGB", (width, height), info.white)
         same = np.array_equal(got[0], (wanted if opt.input == "uint8" else wanted * 255).round().byte().numpy())
-        if not same or abs(module["classify"]([str(folder / name)])[0][1] - share) > 1e-3:
+        if not same or abs(guess(str(folder / name))[1] - share) > 1e-3:
             what = "guesses otherwise about" if same else "has other pixels of"
             raise UserError(f"the program beside the exported file {what} {folder / name} than the model")
 

@@ -70,7 +70,7 @@ def price(opt: ChildOptions, genotype: Genotype | None, info: DataInfo) -> dict[
 
 def passes(opt: ChildOptions) -> int:
     """How often the network runs to test an image: over the symmetries of --tta."""
-    return len(symmetries(torch.zeros(1, 1, 1, 1), opt.flip)) if opt.tta else 1
+    return len(symmetries(torch.zeros(1, 1, 1, 1), opt.test_flip))
 
 
 def find_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:

@@ -59,7 +59,7 @@ def test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None) 
     opt, info = run.opt, run.data.info
     return {
         **test_figures(
-            *evaluation.predict(logits_of(run, network, opt.flip if opt.tta else "none"), run.batches("test")),
+            *evaluation.predict(logits_of(run, network, opt.test_flip), run.batches("test")),
             info.classes,
         ),
         **tested_cost(opt, genotype, info),

@@ -35,12 +35,11 @@ def load(path: Path) -> Decoded | None:
     return found
 
 
-def keep(path: Path, pixels: Tensor, white: dict[str, float], notes: Sequence[str]) -> Decoded:
+def keep(path: Path, pixels: Tensor, white: dict[str, float], notes: Sequence[str]) -> None:
     """Write what is in memory; raises OSError."""
     _tell(path, white, notes)
     with utils.replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, pixels.numpy())
-    return Decoded(_map(path), white, list(notes))
 
 
 def fill(

@@ -82,6 +82,12 @@ def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: 
     return result
 
 
+def check_name(name: str) -> None:
+    """Raise UserError where --name is not the name of a folder."""
+    if not re.fullmatch(r"[^/\\\s][^/\\]*", name) or not name.isprintable() or name in (".", ".."):
+        raise UserError(f"--name {name!r} is not the name of a folder: leave out slashes and line ends")
+
+
 def given(opt: Any) -> set[str]:
     """The names of the options that were said, on the command line or in a file."""
     return set(

@@ -74,6 +74,11 @@ class ChildOptions(RunOptions):
     ema_decay: HalfOpenUnit = 0.0
     """Decay a step of an exponential moving average of the weights, which is then evaluated; 0 is without."""
 
+    @property
+    def test_flip(self) -> str:
+        """Over whose forms of an image the logits of a test are averaged, see augmentation.symmetries."""
+        return self.flip if self.tta else "none"
+
     def check(self) -> None:
         super().check()
         drawn = self.genotype.partition(":")

@@ -1,12 +1,11 @@
 """The options of compare.py."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
-from options import PositiveInt, UserError
+from options import PositiveInt, UserError, check_name
 
 CONTENDERS = ("found", "random", "plain", "resnet")
 # options of which every run has its own, or all have the same
@@ -46,8 +45,7 @@ class CompareOptions:
 
     def check(self) -> None:
         """Raise UserError where a value is not allowed."""
-        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or not self.name.isprintable() or self.name in (".", ".."):
-            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes and line ends")
+        check_name(self.name)
         for given in (*self.search_options, *self.retrain_options):
             if given.removeprefix("--").partition("=")[0] in OWN:
                 raise UserError(f"{given} is not for a recipe: compare.py sets it for every run")

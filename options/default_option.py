@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat
 
-from options import HalfOpenUnit, NonNegativeInt, PositiveInt, UserError
+from options import HalfOpenUnit, NonNegativeInt, PositiveInt, UserError, check_name
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ class RunOptions(DataOptions):
 
     def check(self) -> None:
         super().check()
-        if not re.fullmatch(r"[^/\\\s][^/\\]*", self.name) or not self.name.isprintable() or self.name in (".", ".."):
-            raise UserError(f"--name {self.name!r} is not the name of a folder: leave out slashes and line ends")
+        check_name(self.name)
         if self.batch_size < 2:
             raise UserError("--batch_size 1: batch norm needs at least 2 images")
         if self.eval_batch_size < 2:
