@@ -27,7 +27,7 @@ from operations import (
     make_op,
     prepare,
 )
-from sampling import Z
+from sampling import Drawn, Z
 
 
 class MixedOp(nn.Module):
@@ -151,7 +151,7 @@ class Network(nn.Module):
         """Images (B, channels, H, W) and Z -> logits (B, classes).
 
         An operation whose weight is exactly zero is not computed when Z asks for no gradient, as in the
-        evaluation of a one-hot Z; its term is zero either way.
+        evaluation of a one-hot Z, or is Drawn; its term is zero either way.
         """
         self._check(z)
         before = last = self.stem(images.contiguous(memory_format=torch.channels_last))
@@ -159,7 +159,9 @@ class Network(nn.Module):
         of_kind = [iter(self._per_cell(rows, kind)) for kind, rows in enumerate(z)]
         for cell in self.cells:
             rows = next(of_kind[cell.plan.reduction])  # (E, O)
-            every = rows.requires_grad or rows.is_meta  # meta tensors, used to count flops, have no values
+            every = (
+                rows.requires_grad and not isinstance(z, Drawn)
+            ) or rows.is_meta  # meta tensors, used to count flops, have no values
             active = [[True] * rows.shape[1]] * rows.shape[0] if every else (rows != 0).tolist()
             if self.recompute and self.training and torch.is_grad_enabled():
                 before, last = last, self._recomputed(cell, before, last, rows, active, drop)
@@ -211,19 +213,25 @@ class Network(nn.Module):
         """The child that alpha stands for now: the argmax of every edge, none included."""
         return derive(self.alpha_normal, self.alpha_reduce, self.space)
 
-    def sample(self, temperature: float, generator: torch.Generator | None = None, per_cell: bool = False) -> Z:
-        """Z ~ Concrete(alpha, temperature), differentiable in alpha; see sampling.concrete_sample.
+    def sample(
+        self,
+        temperature: float,
+        generator: torch.Generator | None = None,
+        per_cell: bool = False,
+        sampler: str = "concrete",
+    ) -> Z:
+        """Z ~ Concrete(alpha, temperature), differentiable in alpha, or that of another of sampling.SAMPLERS.
 
         Args:
             temperature: of the softmax, > 0.
             generator: source of the noise, on alpha's device.
             per_cell: draw an independent Z for every cell.
+            sampler: how Z depends on alpha.
         """
         counts = self.cells_of_kind if per_cell else (None, None)
-        draws = [
-            sampling.concrete_sample(a, temperature, generator, n) for a, n in zip(self.alphas(), counts, strict=True)
-        ]
-        return Z(*draws)
+        draw = sampling.SAMPLERS[sampler]
+        draws = [draw(a, temperature, generator, n) for a, n in zip(self.alphas(), counts, strict=True)]
+        return (Drawn if sampler in sampling.ONE_HOT else Z)(*draws)
 
     def one_hot(self, genotype: Genotype) -> Z:
         """The Z at which the supernet is the child of `genotype`: rows one-hot, none where no op is left.

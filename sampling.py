@@ -5,6 +5,7 @@ One pure function per equation. SNAS = Xie et al. 2019 (arXiv 1812.09926); Concr
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,16 @@ class Z(NamedTuple):
 
     normal: Tensor
     reduce: Tensor
+
+    def detach(self) -> "Z":
+        """The same weights, through which alpha learns nothing."""
+        return type(self)(self.normal.detach(), self.reduce.detach())
+
+
+class Drawn(Z):
+    """A one-hot Z: the operations that it did not draw do not run, so that their weights have no gradient."""
+
+    __slots__ = ()
 
 
 def concrete_sample(
@@ -39,6 +50,52 @@ def concrete_sample(
     exponential = torch.empty(shape, dtype=alpha.dtype, device=alpha.device).exponential_(generator=generator)
     gumbel = -exponential.clamp_min(torch.finfo(alpha.dtype).tiny).log()
     return F.softmax((alpha + gumbel) / temperature, dim=-1)
+
+
+def straight_through_sample(
+    alpha: Tensor, temperature: float, generator: torch.Generator | None = None, cells: int | None = None
+) -> Tensor:
+    """The one-hot Z next to a Concrete one, with that one's gradient as far as the drawn op goes (GDAS, Dong & Yang 2019).
+
+    Z = hard, dZ_k / dalpha = d concrete_k / dalpha for the drawn op k; the others do not run. Arguments and shape are
+    those of concrete_sample.
+    """
+    soft = concrete_sample(alpha, temperature, generator, cells)
+    return _one_hot(soft) * (1 + (soft - soft.detach()))
+
+
+def dsnas_sample(
+    alpha: Tensor, temperature: float, generator: torch.Generator | None = None, cells: int | None = None
+) -> Tensor:
+    """A one-hot Z ~ p_alpha whose gradient is DSNAS's (Hu et al. 2020, arXiv 2002.09128, eq. 10): dL/dZ_k grad log p_k.
+
+    k is the drawn op; the others do not run. The temperature has no part in it; arguments and shape are those of
+    concrete_sample.
+    """
+    log_p = F.log_softmax(alpha, dim=-1)
+    return _one_hot(concrete_sample(alpha, temperature, generator, cells)) * (1 + (log_p - log_p.detach()))
+
+
+def softmax_weights(
+    alpha: Tensor, temperature: float, generator: torch.Generator | None = None, cells: int | None = None
+) -> Tensor:
+    """p_alpha itself, as DARTS has it (Liu et al. 2019, eq. 2): no noise, no temperature; shape as concrete_sample."""
+    weights = F.softmax(alpha, dim=-1)
+    return weights if cells is None else weights.expand(cells, *weights.shape)
+
+
+def _one_hot(weights: Tensor) -> Tensor:
+    return F.one_hot(weights.argmax(-1), weights.shape[-1]).to(weights.dtype)
+
+
+# name of --sampler -> its function
+SAMPLERS: Mapping[str, Callable[[Tensor, float, torch.Generator | None, int | None], Tensor]] = {
+    "concrete": concrete_sample,
+    "straight_through": straight_through_sample,
+    "dsnas": dsnas_sample,
+    "softmax": softmax_weights,
+}
+ONE_HOT = ("straight_through", "dsnas")  # give a Drawn
 
 
 def entropy(alpha: Tensor) -> Tensor:

@@ -183,9 +183,10 @@ def _train_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[s
     network = learner.network.train()
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
-        z = network.sample(temperature(opt, epoch, number), run.generator("z", number), opt.resample_cell)
+        source = run.generator("z", number)
+        z = network.sample(temperature(opt, epoch, number), source, opt.resample_cell, opt.sampler)
         if epoch <= opt.warmup_epochs:
-            z = Z(*(rows.detach() for rows in z))
+            z = z.detach()
         return search_step(learner, images, targets, z, run.autocast())
 
     last = epoch * run.steps - 1
@@ -203,7 +204,7 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
     opt = run.opt
     network = learner.network
     child = network.one_hot(network.genotype())
-    fresh = network.sample(temperature, run.generator("valid", epoch), opt.resample_cell)
+    fresh = network.sample(temperature, run.generator("valid", epoch), opt.resample_cell, opt.sampler)
     row: dict[str, Any] = {}
     for prefix, z in (("valid", fresh), ("child_valid", child)):
         figures = evaluate_z(network, z, run.autocast(), run.plain_train_batches(epoch), run.batches("valid"))
