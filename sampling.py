@@ -55,10 +55,10 @@ def concrete_sample(
 def straight_through_sample(
     alpha: Tensor, temperature: float, generator: torch.Generator | None = None, cells: int | None = None
 ) -> Tensor:
-    """The one-hot Z next to a Concrete one, with that one's gradient as far as the drawn op goes (GDAS, Dong & Yang 2019).
+    """The one-hot Z next to a Concrete one, with the gradient of that one's entry for the drawn op (GDAS, Dong & Yang).
 
-    Z = hard, dZ_k / dalpha = d concrete_k / dalpha for the drawn op k; the others do not run. Arguments and shape are
-    those of concrete_sample.
+    Z = hard, dZ_k / dalpha = d concrete_k / dalpha for the drawn op k (arXiv 1910.04465, section 3.2); the others do
+    not run. Arguments and shape are those of concrete_sample.
     """
     soft = concrete_sample(alpha, temperature, generator, cells)
     return _one_hot(soft) * (1 + (soft - soft.detach()))

@@ -73,8 +73,9 @@ def make_learner(opt: TrainOptions, info: DataInfo, make_objective: MakeObjectiv
     """The supernet, its objective, SGD for theta and Adam for alpha, seeded; on the CPU."""
     torch.manual_seed(utils.fold(opt.seed, "init"))
     network = Network.of(options.to_dict(opt), info.to_dict())
+    drawn = opt.sampler in sampling.ONE_HOT  # weights that wait for their first gradient are beyond the fused form
     theta = torch.optim.SGD(
-        network.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=True
+        network.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=not drawn
     )
     rate = alpha_rate(opt, opt.epochs * info.steps(opt.batch_size))
     alpha = torch.optim.Adam(network.alphas(), rate, opt.arch_betas, weight_decay=opt.arch_weight_decay, fused=True)
