@@ -28,6 +28,10 @@ class Objective(nn.Module):
     def after_epoch(self, optimizer: Optimizer) -> None:
         """Called after an epoch's training, before its evaluation; may change alpha and what its optimizer keeps."""
 
+    def admits(self, z: Z) -> bool:
+        """Whether the child of a one-hot Z may be a search's result."""
+        return True
+
     def report(self) -> dict[str, Any]:
         """Its columns of metrics.jsonl, at the end of an epoch."""
         return {}

@@ -3,6 +3,7 @@
 Xie et al. 2019 (arXiv 1812.09926): minimise E_{Z ~ p_alpha}[L_theta(Z)] over theta and alpha at once.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ import sampling
 import utils
 import visualize
 from loading import records
-from loading.batches import Batches
 from loading.sets import DataInfo
 from model import sees_images
 from model_search import Network
@@ -26,9 +26,9 @@ from objective import Objective
 from options.default_option import TrainOptions
 from resources import cost
 from sampling import Z
-from training import evaluation, loop
-from training.evaluation import Figures
+from training import loop, selection
 from training.run import Run, Stateful, announce, open_run
+from training.selection import evaluate_z
 
 # (network, info, opt) -> the objective; the loop knows none by name
 MakeObjective = Callable[[Network, DataInfo, TrainOptions], Objective]
@@ -155,7 +155,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
             lambda epoch: _one_epoch(run, learner, epoch),
             lambda row: summarise(row, learner.objective),
         )
-        genotype = learner.network.genotype()
+        genotype = _chosen(run, learner) if opt.select else learner.network.genotype()
         utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
         print(f"genotype {run.folder / 'genotype.json'}")
         pictures = []
@@ -168,6 +168,15 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
         if pictures:
             print(f"pictures {', '.join(str(path) for path in pictures)}")
         return Found(run.folder, genotype, row, pictures)
+
+
+def _chosen(run: Run[TrainOptions], learner: Learner) -> genotypes.Genotype:
+    """The child that --select takes; selection.json says what was looked at."""
+    candidates = selection.select(run, learner.network, learner.objective.admits)
+    record = [candidate.to_dict() for candidate in candidates]
+    utils.write_atomic(run.folder / "selection.json", json.dumps(record, indent=1) + "\n")
+    print(selection.in_words(candidates))
+    return candidates[0].genotype if candidates else learner.network.genotype()
 
 
 def _one_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[str, Any]:
@@ -214,17 +223,6 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
     row["entropy_normal"], row["entropy_reduce"] = (sampling.entropy(alpha).item() for alpha in network.alphas())
     row["margin_normal"], row["margin_reduce"] = (sampling.margin(alpha).item() for alpha in network.alphas())
     return row
-
-
-def evaluate_z(network: Network, z: Z, autocast: torch.autocast, calibration: Batches, batches: Batches) -> Figures:
-    """The supernet at one Z on some batches; batch-norm statistics are estimated for it on training images."""
-
-    def forward(images: Tensor) -> Tensor:
-        with autocast:
-            return network(images, z)
-
-    with evaluation.calibrated(network, forward, calibration):
-        return evaluation.evaluate(forward, batches)
 
 
 def doubts(genotype: genotypes.Genotype, layers: int, margin_normal: float, margin_reduce: float) -> list[str]:

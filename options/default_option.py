@@ -141,6 +141,13 @@ class TrainOptions(RunOptions):
     alone, a step in a fraction of the time; softmax is DARTS's mixture, without a draw."""
     warmup_epochs: NonNegativeInt = 0
     """Epochs at the start in which alpha stays as it is and theta alone learns, so that alpha meets trained weights."""
+    select: NonNegativeInt = 0
+    """When the epochs are over, rank so many children of p_alpha on the validation split with the supernet's weights,
+    and take the best instead of the likeliest; 0 takes the likeliest."""
+    finalists: NonNegativeInt = 4
+    """With --select, the best of the ranking that are trained on, of which the best is taken."""
+    finalist_epochs: PositiveInt = 3
+    """Epochs of their training."""
     arch_learning_rate: PositiveFloat = 3e-4
     """Of alpha (Adam). 3e-4 is for the paper's 58,500 steps: a shorter run takes more, to 0.1, and says so."""
     arch_weight_decay: NonNegativeFloat = 1e-3

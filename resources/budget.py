@@ -172,6 +172,11 @@ class Constrained(Objective):
             project(self.alphas(), bounds, USE, optimizer)
 
     @torch.no_grad()
+    def admits(self, z: Z) -> bool:
+        """Whether the child of a one-hot Z is within all budgets."""
+        return bool((self.fixed + (rows(z) * self.costs).sum((1, 2)) <= self.budgets).all())
+
+    @torch.no_grad()
     def report(self) -> dict[str, Any]:
         """Expected cost, the child's, the budget, eta, per measure."""
         row: dict[str, Any] = {}
