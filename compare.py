@@ -16,6 +16,8 @@ from options.child_option import ChildOptions
 from options.compare_option import CONTENDERS, CompareOptions
 from options.default_option import TrainOptions
 
+Rows = dict[str, dict[int, dict[str, Any]]]  # of each contender its figures by seed
+
 
 class Stage(NamedTuple):
     """A search or a training."""
@@ -40,16 +42,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = Path(opt.experiments_dir) / opt.name
     stages = [*_stages(opt, {})]  # what is wrong with the options is said before the first search, not after it
     utils.writable(folder, "experiments_dir")
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS if name in opt.contenders}
+    found: Rows = {name: {} for name in CONTENDERS if name in opt.contenders}
     seconds: dict[str, list[float]] = {}  # of what ran now, by kind
     start = time.monotonic()
-    for number, stage in enumerate(_stages(opt, rows)):
+    late = False
+    for number, stage in enumerate(_stages(opt, found)):
         title = f"--- {number + 1} of {len(stages)}: {stage.opt.name}"
         if not stage.done():
-            if opt.minutes is not None and time.monotonic() - start > 60 * opt.minutes:
-                print(f"note: --minutes {opt.minutes:g} are over; the same command goes on with what is left")
-                break
-            print(title + _left([other.kind for other in stages[number:]], seconds), flush=True)
+            late = late or (opt.minutes is not None and time.monotonic() - start > 60 * opt.minutes)
+            if late or stage.seed not in opt.seeds():
+                continue
+            left = [other.kind for other in stages[number:] if other.seed in opt.seeds()]
+            print(title + _left(left, seconds), flush=True)
             began = time.monotonic()
             try:
                 _run(stage)
@@ -60,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 continue
             seconds.setdefault(stage.kind, []).append(time.monotonic() - began)
         if stage.kind != "search":
-            rows[stage.kind].append(_figures(stage, opt))
+            found[stage.kind][stage.seed] = _figures(stage, opt)
+    if late:
+        print(f"note: --minutes {opt.minutes:g} are over; the same command goes on with what is left")
+    rows = {name: [*its.values()] for name, its in found.items()}
     rows = {name: its for name, its in rows.items() if its}
     if "found" not in rows or len(rows) < 2:
         raise UserError("not every contender has been trained yet; give more --minutes")
@@ -77,32 +84,44 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return result | {"differences": gaps}
 
 
-def _stages(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> Iterator[Stage]:
-    """Every search and training, a round a seed.
+def _stages(opt: CompareOptions, rows: Rows) -> Iterator[Stage]:
+    """Every search and training, a round a seed; those of which the sizes are not known yet, in a process of others.
 
     Args:
         opt: the options.
-        rows: what was found so far: the others get the parameters of the found cell of their round.
+        rows: what was found so far: the others get the parameters of the found cell of their round, and long its time.
     """
     places = [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
     common = [f"--dataset={opt.dataset}", *places, "--resume=True"]
-    split = f"--split={Path(opt.experiments_dir) / f'{opt.name}_search_0' / 'split.json'}"
+    drawn = f"--split={opt.split or Path(opt.experiments_dir) / f'{opt.name}_search_0' / 'split.json'}"
     for seed in range(opt.n):
         name = f"{opt.name}_search_{seed}"
         given = [f"--config={opt.search_config}", *opt.search_options, *common, f"--name={name}", f"--seed={seed}"]
-        search = options.parse(TrainOptions, [*given, *([split] if seed else [])], "compare.py: search_options", "")
+        split = [drawn] if seed or opt.split else []
+        search = options.parse(TrainOptions, [*given, *split], "compare.py: search_options", "")
         if search.nodes != 4 and "random" in opt.contenders:
             raise UserError("random cells have 4 nodes, a search with --nodes cannot be compared with them")
         yield Stage("search", seed, search)
         for kind in (contender for contender in CONTENDERS if contender in opt.contenders):
-            found = rows.get("found", [])
-            size = found[seed]["params"] if len(found) > seed else 1
-            of = {
-                "found": [f"--genotype={name}"],
-                "random": [f"--genotype=random:{seed}", f"--space={search.space}", f"--match_params={size}"],
-            }.get(kind, [f"--network={kind}", f"--genotype={name}", f"--match_params={size}"])
-            given = [f"--config={opt.retrain_config}", *opt.retrain_options, *common, split, *of]
+            found = rows.get("found", {}).get(seed)
+            if kind != "found" and rows and not found:
+                continue
+            size = [f"--match_params={found['params'] if found else 1}"]
+            given = [f"--config={opt.retrain_config}", *opt.retrain_options, *common, drawn]
             given += [f"--name={opt.name}_{kind}_{seed}", f"--seed={seed}"]
+            if kind == "found":
+                given += [f"--genotype={name}"]
+            elif kind == "random":
+                given += [f"--genotype=random:{seed}", f"--space={search.space}", *size]
+                given += [f"--match_flops={found['flops'] if found else 1}"] if opt.match_flops else []
+            else:
+                given += [f"--network={'plain' if kind == 'long' else kind}", f"--genotype={name}", *size]
+            if kind == "long" and found:
+                plain = rows["plain"].get(seed)
+                if not plain:
+                    continue
+                epochs = round(plain["epochs"] * found["training"] / plain["training"])
+                given += [f"--epochs={max(plain['epochs'], epochs)}"]
             yield Stage(kind, seed, options.parse(ChildOptions, given, "compare.py: retrain_options", ""))
 
 
@@ -124,6 +143,15 @@ def _run(stage: Stage) -> None:
         retraining.run_retrain(stage.opt)
 
 
+def _minutes_of(search: Path) -> float:
+    """Of the epochs of a search, and of its choice among children."""
+    import utils
+
+    seconds = sum(row["epoch_seconds"] for row in utils.read_metrics(search / "metrics.jsonl"))
+    choice = search / "selection.json"
+    return (seconds + (json.loads(choice.read_text(encoding="utf-8"))["seconds"] if choice.exists() else 0.0)) / 60
+
+
 def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     """Of a finished training; the minutes are those of its epochs, for a found cell with its search."""
     import torch
@@ -143,10 +171,13 @@ def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     images = symmetries(torch.zeros(1, data["channels"], *data["image_size"]), child.test_flip)
     with torch.no_grad():
         calls = utils.in_turns({"ms": lambda: 1000 * utils.timed(lambda: [network(x) for x in images])}, 30)["ms"]
-    ran = [folder, *([base / f"{opt.name}_search_{stage.seed}"] if stage.kind == "found" else [])]
-    took = sum(row["epoch_seconds"] for run in ran for row in utils.read_metrics(run / "metrics.jsonl"))
+    log, search = utils.read_metrics(folder / "metrics.jsonl"), base / f"{opt.name}_search_{stage.seed}"
+    training = sum(row["epoch_seconds"] for row in log) / 60
+    before = _minutes_of(search) if stage.kind == "found" else 0.0
     kept = ("acc", "balanced_acc", "params", "flops", "test_images", "seed")
-    return {name: figures[name] for name in kept} | {"minutes": took / 60, "latency_ms": statistics.median(calls)}
+    more = {"minutes": training + before, "training": training, "epochs": child.epochs}
+    more |= {"latency_ms": statistics.median(calls), "valid_acc": log[-1].get("valid_acc")}
+    return {name: figures[name] for name in kept} | more
 
 
 if __name__ == "__main__":

@@ -172,8 +172,10 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
 
 def _chosen(run: Run[TrainOptions], learner: Learner) -> genotypes.Genotype:
     """The child that --select takes; selection.json says what was looked at."""
+    start = time.perf_counter()
     candidates = selection.select(run, learner.network, learner.objective.admits)
-    record = [candidate.to_dict() for candidate in candidates]
+    seconds = time.perf_counter() - start
+    record = {"seconds": seconds, "children": [candidate.to_dict() for candidate in candidates]}
     utils.write_atomic(run.folder / "selection.json", json.dumps(record, indent=1) + "\n")
     print(selection.in_words(candidates))
     return candidates[0].genotype if candidates else learner.network.genotype()

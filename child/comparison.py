@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-NAMES = {"found": "found cell", "random": "random cell", "plain": "plain CNN", "resnet": "small ResNet"}
+NAMES = {
+    "found": "found cell",
+    "random": "random cell",
+    "plain": "plain CNN",
+    "resnet": "small ResNet",
+    "long": "plain CNN trained as long",
+}
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # of each contender: acc, balanced_acc, params, flops, minutes, ...
 Gap = dict[str, float | None]
@@ -63,7 +69,8 @@ def table(rows: Rows) -> str:
     lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
     for name, its in rows.items():
         if its:
-            mean = {key: statistics.mean(row[key] for row in its) for key in its[0]}
+            shown = ("acc", "balanced_acc", "params", "flops", "latency_ms", "minutes")
+            mean = {key: statistics.mean(row[key] for row in its) for key in shown}
             sd = f"{statistics.stdev(row['acc'] for row in its):.2f}" if len(its) > 1 else "-"
             cells = [NAMES[name], str(len(its)), f"{mean['acc']:.2f} %", sd, f"{mean['balanced_acc']:.2f} %"]
             cells += [f"{mean['params']:,.0f}", f"{mean['flops'] / 1e6:.2f}", f"{mean['latency_ms']:.2f}"]

@@ -165,14 +165,17 @@ def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
     source = random.Random(int(opt.genotype.partition(":")[2]))
     if opt.match_params is None:
         return genotypes.random_genotype(opt.space, source)
-    seen = []
+    seen, deployed, flops = [], Deployed.of(info, opt.init_channels, opt.layers, opt.stem), opt.match_flops
     for _ in range(_TRIES):
         genotype = genotypes.random_genotype(opt.space, source)
-        seen.append(Deployed.of(info, opt.init_channels, opt.layers, opt.stem).price(genotype)["params"])
-        if abs(seen[-1] - opt.match_params) <= 0.05 * opt.match_params:
+        price = deployed.price(genotype)
+        seen.append(price["params"])
+        alike = abs(price["params"] - opt.match_params) <= 0.05 * opt.match_params
+        if alike and (flops is None or abs(price["flops"] - flops) <= 0.1 * flops):
             return genotype
+    more = "" if flops is None else f", --match_flops {flops}"
     raise UserError(
-        f"--match_params {opt.match_params}: of {len(seen)} random genotypes of this size none came within 5 %; "
+        f"--match_params {opt.match_params}{more}: of {len(seen)} random genotypes of this size none came near enough; "
         f"they have {min(seen):,} to {max(seen):,} parameters"
     )
 

@@ -27,6 +27,8 @@ class ChildOptions(RunOptions):
     match_params: PositiveInt | None = None
     """With random:SEED, draw until the child has this many parameters, give or take 5 %; with --network, choose its
     width."""
+    match_flops: PositiveInt | None = None
+    """With random:SEED and --match_params, and this many multiply-adds, give or take 10 %."""
     space: Literal["snas", "nasnet", "amoebanet"] = "snas"
     """With random:SEED, the operation space drawn from."""
     use_valid: bool = True
@@ -92,5 +94,7 @@ class ChildOptions(RunOptions):
             raise UserError("--test_folder goes with --eval_only True")
         if self.match_params is not None and not self.genotype.startswith("random:") and self.network == "cells":
             raise UserError("--match_params goes with --genotype random:SEED, or --network plain or resnet")
+        if self.match_flops is not None and (self.match_params is None or self.network != "cells"):
+            raise UserError("--match_flops goes with --genotype random:SEED and --match_params")
         if self.network != "cells" and self.init_from is not None:
             raise UserError(f"--init_from gives weights of cells, --network {self.network} has none")

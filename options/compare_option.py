@@ -1,5 +1,6 @@
 """The options of compare.py."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from jsonargparse.typing import PositiveFloat
 
 from options import PositiveInt, UserError, check_name
 
-CONTENDERS = ("found", "random", "plain", "resnet")
+CONTENDERS = ("found", "random", "plain", "resnet", "long")
 # options of which every run has its own, or all have the same
 OWN = {
     *("name", "seed", "split", "dataset", "experiments_dir", "visualizations_dir", "resume", "config", "eval_only"),
@@ -28,8 +29,14 @@ class CompareOptions:
     minutes: PositiveFloat | None = None
     """No further training begins after so many minutes; what is finished is compared, and the next call goes on."""
     contenders: list[str] = field(default_factory=lambda: list(CONTENDERS))
-    """Of these: the found cell, a random one, a plain CNN, a small ResNet; the others with about the parameters of the
-    found one."""
+    """Of these: the found cell, a random one, a plain CNN, a small ResNet, all for the same epochs, and long, a plain
+    CNN trained for as many minutes as the found cell; the others with about the parameters of the found one."""
+    match_flops: bool = False
+    """Random cells with about the multiply-adds of the found one too."""
+    split: str | None = None
+    """A split.json for all runs; without it, that of the first search."""
+    part: str = "1/1"
+    """K/N runs every N-th seed from the K-th on: N processes with a --split share the work of one comparison."""
     search_config: str = "options/presets/quick.yaml"
     """The recipe of every search."""
     retrain_config: str = "options/presets/retrain_quick.yaml"
@@ -43,9 +50,19 @@ class CompareOptions:
     visualizations_dir: str = "visualizations"
     """Where pictures of the found cells go."""
 
+    def seeds(self) -> range:
+        """Those that this process runs."""
+        first, every = map(int, self.part.split("/"))
+        return range(first - 1, self.n, every)
+
     def check(self) -> None:
         """Raise UserError where a value is not allowed."""
         check_name(self.name)
+        part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.part)
+        if not part or int(part[1]) > int(part[2]):
+            raise UserError(f"--part {self.part} is none of 1/2, 2/2, 1/3, ...")
+        if part[2] != "1" and self.split is None:
+            raise UserError(f"--part {self.part} needs a --split, or every part would draw its own")
         for given in (*self.search_options, *self.retrain_options):
             if given.removeprefix("--").partition("=")[0] in OWN:
                 raise UserError(f"{given} is not for a recipe: compare.py sets it for every run")
@@ -54,6 +71,8 @@ class CompareOptions:
                 raise UserError(
                     f"--{option} {getattr(self, option)}: no such file; the presets are in options/presets/"
                 )
+        if "long" in self.contenders and "plain" not in self.contenders:
+            raise UserError("--contenders: long is plain for longer, and goes with it")
         unknown = [name for name in self.contenders if name not in CONTENDERS]
         twice = len({*self.contenders}) < len(self.contenders)
         if unknown or twice or "found" not in self.contenders or len(self.contenders) < 2:

@@ -11,6 +11,7 @@ import compare
 import options
 from child import comparison
 from options import UserError
+from options.compare_option import CONTENDERS
 
 SEARCH = ["--image_size=8", "--init_channels=4", "--layers=3", "--epochs=1", "--batch_size=8", "--crop_padding=1"]
 TRAIN = [*SEARCH, "--auxiliary=False", "--cutout=False", "--drop_path_prob=0"]
@@ -30,9 +31,9 @@ def test_contenders_are_trained_alike_on_one_split_and_compared(
     result = compare.main(given)
     printed, experiments = capsys.readouterr().out, tmp_path / "experiments"
     stored = json.loads((experiments / "compare" / "comparison.json").read_text())
-    assert stored == json.loads(json.dumps(result)) and {*stored["runs"]} == {"found", "random", "plain", "resnet"}
+    assert stored == json.loads(json.dumps(result)) and {*stored["runs"]} == {*CONTENDERS}
     splits = [json.loads(path.read_text()) for path in experiments.glob("compare_*/split.json")]
-    assert len(splits) == 2 + 4 * 2
+    assert len(splits) == 2 + len(CONTENDERS) * 2
     for part in ("train", "valid", "test"):
         assert all(split[part] == splits[0][part] for split in splits)
     for name, rows in stored["runs"].items():
@@ -40,6 +41,10 @@ def test_contenders_are_trained_alike_on_one_split_and_compared(
         for row, found in zip(rows, stored["runs"]["found"], strict=True):
             assert abs(row["params"] / found["params"] - 1) < (0.051 if name == "random" else 0.35)
     assert "The search " in printed and "| plain CNN | 2 |" in printed
+    for plain, long, found in zip(*(stored["runs"][name] for name in ("plain", "long", "found")), strict=True):
+        epochs = round(plain["epochs"] * found["training"] / plain["training"])
+        assert long["epochs"] == max(plain["epochs"], epochs) and long["params"] == plain["params"]
+        assert found["minutes"] > found["training"] and plain["minutes"] == plain["training"]
     assert (experiments / "compare" / "comparison.png").stat().st_size > 5000
     again = compare.main(given)  # nothing is run twice
     assert again["runs"]["found"][0]["minutes"] == result["runs"]["found"][0]["minutes"]
@@ -59,6 +64,18 @@ def test_it_stops_in_time_and_goes_on(given: list[str], capsys: pytest.CaptureFi
         == ", about 3 minutes left"
     )
     assert compare._left(["search", "plain"], {"search": [60.0]}) == ""  # not known yet
+
+
+def test_two_processes_share_the_work_of_one_comparison(given: list[str], tmp_path: Path) -> None:
+    given = [*given, "--contenders=[found,random]", "--match_flops=True"]
+    compare.main([*given, "--n=1"])
+    split = shutil.copy(tmp_path / "experiments" / "compare_search_0" / "split.json", tmp_path / "split.json")
+    given += [f"--split={split}", "--name=shared"]
+    assert [row["seed"] for row in compare.main([*given, "--part=2/2"])["runs"]["found"]] == [1]
+    whole = compare.main([*given, "--part=1/2"])["runs"]
+    assert [row["seed"] for row in whole["found"]] == [0, 1]
+    for found, random in zip(whole["found"], whole["random"], strict=True):
+        assert abs(random["flops"] / found["flops"] - 1) <= 0.1 and abs(random["params"] / found["params"] - 1) <= 0.05
 
 
 def test_other_images_under_the_same_name_are_refused(given: list[str], tiny: Path, tmp_path: Path) -> None:
@@ -93,6 +110,9 @@ def test_random_cells_are_of_the_space_that_is_searched(given: list[str], tmp_pa
         '--retrain_options=["--network=resnet"]',
         "--name=a/b",
         "--n=0",
+        "--contenders=[found,long]",
+        "--part=2/1",
+        "--part=1/2",
         "--search_config=nope.yaml",
     ],
 )
