@@ -72,16 +72,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "found" not in rows or len(rows) < 2:
         raise UserError("not every contender has been trained yet; give more --minutes")
     gaps = comparison.compare(rows)
+    more = {"differences": gaps, "against_best_of": comparison.against_best_of(rows)}
     text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps)}"
     result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
-    utils.write_atomic(folder / "comparison.json", json.dumps(result | {"differences": gaps}, indent=1) + "\n")
+    utils.write_atomic(folder / "comparison.json", json.dumps(result | more, indent=1) + "\n")
     utils.write_atomic(folder / "comparison.md", text + "\n")
     try:
         comparison.draw(rows, folder / "comparison.png")
     except ImportError:
         print("note: the picture needs matplotlib: pip install -r requirements-dev.txt")
     print(f"\n{text}\n\nwritten  {folder / 'comparison.json'}, comparison.md, comparison.png")
-    return result | {"differences": gaps}
+    return result | more
 
 
 def _stages(opt: CompareOptions, rows: Rows) -> Iterator[Stage]:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,48 @@ def compare(rows: Rows) -> dict[str, Gap]:
     return {name: difference(found, accuracies) for name, accuracies in others.items()}
 
 
+def best_of(valid: Sequence[float], acc: Sequence[float], k: int) -> float:
+    """The test accuracy to expect of the best of k cells: drawn without replacement, the best on validation images.
+
+    The i-th best of n is the best of k in C(n - 1 - i, k - 1) of C(n, k) draws. Ties are broken by order.
+    """
+    n = len(acc)
+    ranked = [acc[i] for i in sorted(range(n), key=lambda i: -valid[i])]
+    return sum(value * comb(n - 1 - place, k - 1) for place, value in enumerate(ranked)) / comb(n, k)
+
+
+def against_best_of(rows: Rows, draws: int = 4000) -> dict[str, Any] | None:
+    """The found cells against the best of as many random ones as are trained in the time of a search and its training.
+
+    That number is `k`, at most all there are; the interval is a bootstrap's over cells of both. None where a random cell
+    has no validation accuracy or its training takes longer.
+    """
+    found, random = rows.get("found", []), rows.get("random", [])
+    if len(found) < 2 or len(random) < 2 or any(row.get("valid_acc") is None for row in random):
+        return None
+    k = int(statistics.median(r["minutes"] for r in found) / statistics.median(r["minutes"] for r in random))
+    k = min(k, len(random))
+    if k < 2:
+        return None
+    rng = np.random.default_rng(0)
+
+    def gap(first: Sequence[int], second: Sequence[int]) -> float:
+        chosen = [random[i] for i in second]
+        best = best_of([row["valid_acc"] for row in chosen], [row["acc"] for row in chosen], k)
+        return statistics.mean(found[i]["acc"] for i in first) - best
+
+    sizes = len(found), len(random)
+    samples = [gap(*(rng.integers(0, size, size).tolist() for size in sizes)) for _ in range(draws)]
+    low, high = np.quantile(samples, [0.025, 0.975]).tolist()
+    return {"k": k, "difference": gap(range(sizes[0]), range(sizes[1])), "low": low, "high": high}
+
+
+def _shown(points: float, low: float, high: float) -> str:
+    """The interval of a gain or a loss, for people."""
+    ends = (low, high) if points >= 0 else (-high, -low)
+    return f"{ends[0]:.1f} to {ends[1]:.1f}" + ("" if ends[0] > 0 else ", so nothing is shown")
+
+
 def verdict(rows: Rows, gaps: Mapping[str, Gap]) -> str:
     """One sentence for people: what the search gained or lost against each contender, or that nothing is shown."""
     parts = []
@@ -54,12 +97,19 @@ def verdict(rows: Rows, gaps: Mapping[str, Gap]) -> str:
             few = min(len(rows["found"]), len(rows[name])) < 2
             shown = "one run shows nothing" if few else "the runs of each agree"
         else:
-            ends = (low, high) if points >= 0 else (-high, -low)
-            shown = f"{ends[0]:.1f} to {ends[1]:.1f}" + ("" if ends[0] > 0 else ", so nothing is shown")
+            shown = _shown(points, low, high)
         own, other = (statistics.mean(row["params"] for row in rows[which]) for which in ("found", name))
         size = 100 * (other / own - 1)
         more = f" with {abs(size):.0f} % {'more' if size > 0 else 'fewer'} parameters" if abs(size) > 2 else ""
         parts.append(f"{verb} {abs(points):.1f} points ({shown}) against a {NAMES[name]}{more}")
+    best = against_best_of(rows)
+    if best is not None:
+        points = best["difference"]
+        words = f"{abs(points):.1f} points ({_shown(points, best['low'], best['high'])})"
+        parts.append(
+            f"{'gained' if points >= 0 else 'lost'} {words} against the best of {best['k']} random cells, "
+            "trained in the same time and chosen on validation images"
+        )
     return f"The search {'; '.join(parts)}."
 
 

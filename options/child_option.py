@@ -29,7 +29,7 @@ class ChildOptions(RunOptions):
     width."""
     match_flops: PositiveInt | None = None
     """With random:SEED and --match_params, and this many multiply-adds, give or take 10 %."""
-    space: Literal["snas", "nasnet", "amoebanet"] = "snas"
+    space: Literal["snas", "nasnet", "amoebanet", "convs"] = "snas"
     """With random:SEED, the operation space drawn from."""
     use_valid: bool = True
     """Train on the training and the validation split; False keeps validation for a figure every epoch."""

@@ -127,7 +127,7 @@ class RunOptions(DataOptions):
 class TrainOptions(RunOptions):
     """A search: the supernet, its sampling, the optimiser of alpha (Adam); theta's is SGD."""
 
-    space: Literal["snas", "nasnet", "amoebanet"] = "snas"
+    space: Literal["snas", "nasnet", "amoebanet", "convs"] = "snas"
     """Operation space: the candidate operations of an edge."""
     nodes: PositiveInt = 4
     """Intermediate nodes of a cell."""

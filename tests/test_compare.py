@@ -1,5 +1,7 @@
+import itertools
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,28 @@ def test_the_verdict_says_what_is_shown_and_what_is_not() -> None:
     assert "lost 10.0 points (7.7 to 12.3) against a plain CNN." in said(found=rows(80, 81, 82), plain=found)
     assert "gained 10.0 points (one run shows nothing)" in said(found=rows(90), random=rows(80))
     assert "gained 0.0 points (the runs of each agree)" in said(found=rows(90, 90), random=rows(90, 90))
+
+
+def test_the_best_of_k_is_what_drawing_k_cells_gives() -> None:
+    rng = np.random.default_rng(1)
+    valid, acc = rng.normal(80, 2, 6).tolist(), rng.normal(85, 2, 6).tolist()
+    for k in (1, 2, 4, 6):
+        every = [max(chosen, key=lambda i: valid[i]) for chosen in itertools.combinations(range(6), k)]
+        assert comparison.best_of(valid, acc, k) == pytest.approx(statistics.mean(acc[i] for i in every))
+
+
+def test_the_best_of_random_cells_has_the_time_of_a_search_with_its_training() -> None:
+    def rows(accuracies: list[float], minutes: float) -> list[dict[str, Any]]:
+        return [{"acc": a, "valid_acc": a, "minutes": minutes, "params": 10} for a in accuracies]
+
+    of = {"found": rows([92.0, 93.0, 94.0], 7.0), "random": rows([90.0, 91.0, 92.0, 91.0], 2.0)}
+    best = comparison.against_best_of(of)
+    assert best is not None and best["k"] == 3
+    assert best["difference"] == pytest.approx(93 - (3 * 92 + 91) / 4)  # 3 of the 4 draws of 3 hold the best
+    assert best["low"] < best["difference"] < best["high"]
+    assert "against the best of 3 random cells" in comparison.verdict(of, comparison.compare(of))
+    assert comparison.against_best_of({**of, "random": [{**row, "valid_acc": None} for row in of["random"]]}) is None
+    assert comparison.against_best_of({**of, "random": rows([90.0, 91.0], 5.0)}) is None  # there is time for one only
 
 
 def test_the_presets_of_the_comparison_exist() -> None:

@@ -249,7 +249,7 @@ def test_child_accuracy_is_that_of_the_child_network_with_the_supernets_weights(
     assert figures.loss == pytest.approx(found.metrics["child_valid_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("space", ["nasnet", "amoebanet"])
+@pytest.mark.parametrize("space", ["nasnet", "amoebanet", "convs"])
 def test_other_spaces_are_searched(arguments: list[str], space: str) -> None:
     found = main.main([*arguments, f"--space={space}"])
     alpha = checkpoint.load(found.folder / "weights_epoch_2.pt")["parts"]["network"]["alpha_normal"]

@@ -187,7 +187,7 @@ def distance(got: list[Tensor], wanted: list[Tensor]) -> float:
     return torch.stack(errors).median().item()
 
 
-@pytest.mark.parametrize("space", ["snas", "amoebanet"])
+@pytest.mark.parametrize("space", ["snas", "amoebanet", "convs"])
 @pytest.mark.parametrize("drop", [0.0, 0.4])
 def test_a_supernet_step_is_as_exact_as_without_the_kernels(space: str, drop: float) -> None:
     torch.manual_seed(0)

@@ -58,7 +58,7 @@ def test_counts_of_the_references() -> None:
     assert (found["params"], found["flops"]) == (3_942_208, 438_042_432)
 
 
-@pytest.mark.parametrize(("space", "nodes"), [("snas", 4), ("nasnet", 2), ("amoebanet", 3)])
+@pytest.mark.parametrize(("space", "nodes"), [("snas", 4), ("nasnet", 2), ("amoebanet", 3), ("convs", 4)])
 def test_the_cost_of_a_supernet_is_that_of_the_built_one(space: str, nodes: int) -> None:
     deployed = cost.Deployed(5, 4, (13, 10), 7, 1, affine=False)
     got = cost.supernet_cost(space, nodes, deployed)
