@@ -57,7 +57,7 @@ def best_of(valid: Sequence[float], acc: Sequence[float], k: int) -> float:
 def against_best_of(rows: Rows, draws: int = 4000) -> dict[str, Any] | None:
     """The found cells against the best of as many random ones as are trained in the time of a search and its training.
 
-    That number is `k`, at most all there are; the interval is a bootstrap's over cells of both. None where a random cell
+    That number is `k`, at most all there are; the interval is that of a bootstrap over both. None where a random cell
     has no validation accuracy or its training takes longer.
     """
     found, random = rows.get("found", []), rows.get("random", [])
