@@ -3,8 +3,10 @@ import torch
 from counting import count_flops, count_params
 from torch import nn
 
+import sampling
 from benchmarks.textbook import Textbook
 from genotypes import SPACES, Genotype, derive, edge_list
+from model import ChildNetwork
 from model_search import Network
 from operations import Norm
 from sampling import Z
@@ -175,3 +177,36 @@ def test_the_stem_norm_learns_and_those_of_cells_do_not() -> None:
     network = Network(4, 3, 3)
     assert network.stem[1].affine
     assert not any(m.affine for cell in network.cells for m in cell.modules() if isinstance(m, Norm))
+
+
+@pytest.mark.parametrize("sampler", ["straight_through", "dsnas"])
+def test_a_drawn_z_runs_what_it_draws_and_gives_the_loss_and_gradients_of_its_child(sampler: str) -> None:
+    torch.manual_seed(0)
+    network = Network(4, 3, 3).double()
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    z = network.sample(0.7, torch.Generator().manual_seed(1), sampler=sampler)
+    genotype = derive(z.normal, z.reduce)
+    child = ChildNetwork(genotype, 4, 3, 3, affine=False).double()
+    child.load_state_dict(network.child_state_dict(genotype))
+    ours, theirs = network(images, z).square().sum(), child(images)[0].square().sum()
+    assert torch.allclose(ours, theirs, rtol=1e-10)
+    ours.backward()
+    theirs.backward()
+    grads = {name: p.grad for name, p in network.named_parameters() if not name.startswith("alpha")}
+    reached = sum(p.numel() for p in child.parameters())
+    assert sum(p.numel() for p in network.thetas() if p.grad is not None) == reached  # of what is drawn alone
+    assert torch.allclose(grads["stem.0.weight"], child.stem[0].weight.grad, rtol=1e-9)
+    for alpha, rows in zip(network.alphas(), z, strict=True):
+        silent = rows[:, 0] == 1  # where none is drawn nothing is learned
+        assert alpha.grad is not None and (alpha.grad[silent] == 0).all() and alpha.grad[~silent].any(-1).all()
+
+
+def test_every_sampler_is_a_z_of_the_supernet() -> None:
+    torch.manual_seed(0)
+    network, images = Network(2, 3, 5), torch.randn(2, 3, 8, 8)
+    for name in sampling.SAMPLERS:
+        for per_cell in (False, True):
+            z = network.sample(1.0, torch.Generator().manual_seed(0), per_cell, name)
+            assert torch.isfinite(network(images, z)).all()
+            assert isinstance(z, sampling.Drawn) == isinstance(z.detach(), sampling.Drawn) == (name in sampling.ONE_HOT)
+            assert not z.detach().normal.requires_grad

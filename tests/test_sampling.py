@@ -93,3 +93,42 @@ def test_the_margin_is_the_lead_of_the_likeliest() -> None:
     alpha = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
     assert sampling.margin(alpha).item() == pytest.approx((0.2 + 0.7) / 2)
     assert sampling.margin(torch.zeros(14, 8)).item() == 0
+
+
+@pytest.mark.parametrize("name", sampling.ONE_HOT)
+def test_one_hot_samplers_draw_from_p_alpha_exactly_one_op_an_edge(name: str) -> None:
+    alpha = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
+    z = sampling.SAMPLERS[name](alpha, 0.3, torch.Generator().manual_seed(0), 40_000)
+    assert set(z.unique().tolist()) == {0.0, 1.0} and (z.sum(-1) == 1).all()
+    # 4.5 standard errors of a share of 40,000 draws
+    assert torch.allclose(z.detach().mean((0, 1)), alpha.detach().softmax(-1)[0], atol=4.5 * 0.5 / 200)
+
+
+def test_straight_through_has_the_gradient_of_the_concrete_entry_that_was_drawn() -> None:
+    alpha = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    soft = sampling.concrete_sample(alpha, 0.7, torch.Generator().manual_seed(2))
+    hard = sampling.straight_through_sample(alpha, 0.7, torch.Generator().manual_seed(2))
+    chosen = soft.argmax(-1, keepdim=True)
+    assert torch.equal(hard.argmax(-1, keepdim=True), chosen)
+    weight = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (ours,) = torch.autograd.grad((weight * hard).sum(), alpha)
+    (expected,) = torch.autograd.grad((weight * soft).gather(-1, chosen).sum(), alpha)
+    assert torch.allclose(ours, expected, rtol=1e-12)
+
+
+def test_dsnas_averages_to_the_gradient_of_the_expectation_of_a_linear_loss() -> None:
+    """For L = sum of c_k Z_k the estimator is REINFORCE's and has no bias: d/dalpha of sum of c_k p_k."""
+    alpha = torch.tensor([[0.5, -0.2, 0.1], [1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    costs = torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.0, 3.0]], dtype=torch.float64)
+    (exact,) = torch.autograd.grad((alpha.softmax(-1) * costs).sum(), alpha)
+    draws = 40_000
+    z = sampling.dsnas_sample(alpha, 1.0, torch.Generator().manual_seed(4), draws)
+    (mean,) = torch.autograd.grad((z * costs).sum() / draws, alpha)
+    assert torch.allclose(mean, exact, atol=4.5 * 3 / draws**0.5)
+    assert exact.abs().max() > 0.1  # the tolerance is below what is measured
+
+
+def test_softmax_is_p_alpha_without_noise_or_temperature() -> None:
+    alpha = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sampling.softmax_weights(alpha, 0.01), alpha.softmax(-1))
+    assert torch.equal(sampling.softmax_weights(alpha, 1.0, None, 2)[1], alpha.softmax(-1))

@@ -71,7 +71,13 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(arguments: li
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--drop_path_prob=0.3", "--resample_cell=True", "--balance=True", "--cutout=True"]]
+    "extra",
+    [
+        [],
+        ["--drop_path_prob=0.3", "--resample_cell=True", "--balance=True", "--cutout=True"],
+        ["--sampler=dsnas", "--select=6", "--finalists=2", "--finalist_epochs=1"],
+        ["--sampler=straight_through", "--warmup_epochs=1"],
+    ],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(
     arguments: list[str], extra: list[str], monkeypatch: pytest.MonkeyPatch
