@@ -19,6 +19,10 @@ from options.default_option import TrainOptions
 Rows = dict[str, dict[int, dict[str, Any]]]  # of each contender its figures by seed
 
 
+class Unfinished(UserError):
+    """There is nothing to compare yet."""
+
+
 class Stage(NamedTuple):
     """A search or a training."""
 
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = {name: [*its.values()] for name, its in found.items()}
     rows = {name: its for name, its in rows.items() if its}
     if "found" not in rows or len(rows) < 2:
-        raise UserError("not every contender has been trained yet; give more --minutes")
+        raise Unfinished("not every contender has been trained yet; give more --minutes")
     gaps = comparison.compare(rows)
     more = {"differences": gaps, "against_best_of": comparison.against_best_of(rows)}
     text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps)}"
@@ -144,8 +148,8 @@ def _run(stage: Stage) -> None:
         retraining.run_retrain(stage.opt)
 
 
-def _minutes_of(search: Path) -> float:
-    """Of the epochs of a search, and of its choice among children."""
+def minutes_of(search: Path) -> float:
+    """Of a search in this folder: its epochs, and its choice among children."""
     import utils
 
     seconds = sum(row["epoch_seconds"] for row in utils.read_metrics(search / "metrics.jsonl"))
@@ -174,7 +178,7 @@ def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
         calls = utils.in_turns({"ms": lambda: 1000 * utils.timed(lambda: [network(x) for x in images])}, 30)["ms"]
     log, search = utils.read_metrics(folder / "metrics.jsonl"), base / f"{opt.name}_search_{stage.seed}"
     training = sum(row["epoch_seconds"] for row in log) / 60
-    before = _minutes_of(search) if stage.kind == "found" else 0.0
+    before = minutes_of(search) if stage.kind == "found" else 0.0
     kept = ("acc", "balanced_acc", "params", "flops", "test_images", "seed")
     more = {"minutes": training + before, "training": training, "epochs": child.epochs}
     more |= {"latency_ms": statistics.median(calls), "valid_acc": log[-1].get("valid_acc")}

@@ -67,7 +67,7 @@ def select(run: Run[TrainOptions], network: Network, admits: Callable[[Z], bool]
     drawn = [*draw(network, opt.select, run.generator("select"), admits)]
     ranked = []
     for genotype in tqdm(drawn, "children", unit="child", leave=False, disable=None):
-        ranked.append(Candidate(genotype, _figures(run, network, genotype)))
+        ranked.append(Candidate(genotype, figures_of(run, network, genotype)))
     ranked.sort(key=lambda candidate: candidate.shared.loss)
     finalists = []
     for number, candidate in enumerate(ranked[: opt.finalists]):
@@ -98,7 +98,8 @@ def draw(network: Network, count: int, generator: torch.Generator, admits: Calla
             return
 
 
-def _figures(run: Run[TrainOptions], network: Network, genotype: Genotype) -> Figures:
+def figures_of(run: Run[TrainOptions], network: Network, genotype: Genotype) -> Figures:
+    """Of a child with the supernet's weights, on the validation split of the run."""
     z = network.one_hot(genotype)
     return evaluate_z(network, z, run.autocast(), run.plain_train_batches(run.epoch), run.batches("valid"))
 
@@ -119,7 +120,7 @@ def _trained(run: Run[TrainOptions], network: Network, genotype: Genotype, title
                 loop.update(plain(logits, targets, z)[0], [(optimizer, opt.grad_clip)])
                 scheduler.step()
                 bar.update()
-    return _figures(run, own, genotype)
+    return figures_of(run, own, genotype)
 
 
 def in_words(candidates: list[Candidate]) -> str:

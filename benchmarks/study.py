@@ -1,0 +1,152 @@
+"""What the stages of benchmarks.evidence share: its options, images and splits, its runs and what they left."""
+
+import gzip
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+import compare
+import main as plain_search
+import options
+import retrain
+import utils
+from benchmarks import runner
+from benchmarks.record import Recorded
+from genotypes import Genotype, free_share
+from options import UserError
+from options.child_option import ChildOptions
+from options.default_option import TrainOptions
+from training.run import finished
+
+SEARCH, TRAIN = "options/presets/fashion.yaml", "options/presets/retrain_fashion.yaml"
+
+
+@dataclass(frozen=True)
+class EvidenceOptions(Recorded):
+    """What is run."""
+
+    stage: Literal["prepare", "recipe", "remedies", "compare", "gap", "ranking"] = "compare"
+    """See above; a stage that is complete writes its part of docs/evidence.md."""
+    source: str = "/usr/share/datasets/fashion-mnist"
+    """With prepare, the folder of the data set's four files, as Debian's dataset-fashion-mnist has them."""
+    n: PositiveInt = 20
+    """Searches of the comparison."""
+    tries: PositiveInt = 3
+    """Runs of each recipe and each remedy."""
+    minutes: PositiveFloat | None = None
+    """No further run begins after so many minutes; the same command goes on."""
+    part: str = "1/1"
+    """K/N takes every N-th run from the K-th on: N processes share a stage."""
+    search_options: str = ""
+    """Further options of every search, as in a command line; for a trial of the whole in minutes."""
+    retrain_options: str = ""
+    """Further options of every training."""
+    experiments_dir: str = "experiments"
+    """Where the runs go, as evidence_..."""
+    data_dir: str = "data"
+    """Where prepare puts the images and the splits."""
+
+
+class Job(NamedTuple):
+    """A run of a script."""
+
+    script: ModuleType
+    kind: type[Any]
+    argv: list[str]
+    leaves: str  # the file that only a finished run has
+
+
+def prepare(opt: EvidenceOptions) -> None:
+    """The files of Fashion-MNIST as torchvision reads them, and both splits."""
+    place = Path(opt.data_dir) / "FashionMNIST" / "raw"
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        packed = Path(opt.source) / f"{name}-ubyte.gz"
+        if not packed.is_file():
+            raise UserError(f"--source {opt.source} has no {packed.name}; apt-get install dataset-fashion-mnist")
+        with gzip.open(packed) as read, (place / f"{name}-ubyte").open("wb") as write:
+            shutil.copyfileobj(read, write)
+    labels = np.frombuffer((place / "train-labels-idx1-ubyte").read_bytes()[8:], dtype=np.uint8)
+    for name, first, test in (("study", 0, range(60_000, 70_000)), ("tuning", 25_000, range(50_000, 60_000))):
+        drawn: dict[str, list[int]] = {"train": [], "valid": [], "test": [*test]}
+        for label in range(10):
+            places = [i for i in range(first, first + 25_000) if labels[i] == label]
+            random.Random(f"{name} {label}").shuffle(places)
+            drawn["train"] += places[:400]
+            drawn["valid"] += places[400:500]
+        split = {part: [f"fashion_mnist/{index}" for index in sorted(its)] for part, its in drawn.items()}
+        utils.write_atomic(split_file(opt, name), json.dumps(split))
+        print(f"written  {split_file(opt, name)}")
+
+
+def split_file(opt: EvidenceOptions, name: str) -> Path:
+    """Of study or tuning."""
+    return Path(opt.data_dir) / f"fashion_{name}.json"
+
+
+def _common(opt: EvidenceOptions, split: str, name: str, seed: int) -> list[str]:
+    argv = ["--dataset=fashion_mnist", f"--data_dir={opt.data_dir}", f"--split={split_file(opt, split)}"]
+    return [*argv, f"--experiments_dir={opt.experiments_dir}", f"--name=evidence_{name}_{seed}", f"--seed={seed}"]
+
+
+def search(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:
+    """A search with the preset of the study and more options."""
+    argv = [f"--config={SEARCH}", *_common(opt, split, name, seed), *more, *opt.search_options.split()]
+    return Job(plain_search, TrainOptions, argv, "genotype.json")
+
+
+def train(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:
+    """A training with the recipe of the study and more options."""
+    argv = [f"--config={TRAIN}", *_common(opt, split, name, seed), *more, *opt.retrain_options.split()]
+    return Job(retrain, ChildOptions, argv, "test.json")
+
+
+def work(opt: EvidenceOptions, rounds: Sequence[Sequence[Job]]) -> bool:
+    """Run what is missing of this part, a round after the other; whether all of every part is finished."""
+    start = time.monotonic()
+    number, parts = map(int, opt.part.split("/"))
+    complete = True
+    for index, jobs in enumerate(rounds):
+        for job in jobs:
+            run = options.parse(job.kind, [*job.argv, "--resume=True"], "evidence", "")
+            if finished(run, job.leaves):
+                continue
+            late = opt.minutes is not None and time.monotonic() - start > 60 * opt.minutes
+            if late or index % parts != number - 1:
+                complete = False
+                break
+            runner.run_once(job.script, job.kind, job.argv, job.leaves)
+    return complete
+
+
+def slug(name: str) -> str:
+    """A name for folders."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def result(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
+    """What a training's test.json says, without its table of classes."""
+    folder = Path(opt.experiments_dir) / f"evidence_{name}_{seed}"
+    found: dict[str, Any] = json.loads((folder / "test.json").read_text(encoding="utf-8"))
+    log = utils.read_metrics(folder / "metrics.jsonl")
+    kept = {key: found[key] for key in ("acc", "loss", "params", "flops", "seed", "genotype")}
+    minutes = sum(row["epoch_seconds"] for row in log) / 60
+    return kept | {"minutes": minutes, "valid_acc": log[-1].get("valid_acc"), "epochs": len(log)}
+
+
+def searched(opt: EvidenceOptions, name: str) -> dict[str, Any]:
+    """Of a finished search: minutes, share of free operations, and its last row."""
+    folder = Path(opt.experiments_dir) / f"evidence_{name}"
+    genotype = Genotype.from_json((folder / "genotype.json").read_text(encoding="utf-8"))
+    last = utils.read_metrics(folder / "metrics.jsonl")[-1]
+    kept = ("valid_acc", "child_valid_acc", "entropy_normal", "entropy_reduce")
+    return {"minutes": compare.minutes_of(folder), "free": free_share(genotype)} | {key: last[key] for key in kept}
