@@ -37,7 +37,6 @@ from options.default_option import TrainOptions
 from training import selection
 from utils import read_metrics
 
-PARAMS = 41_000  # of the networks that recipes are tried with, give or take 5 %
 # What the recipe is varied by, one thing at a time
 RECIPE: dict[str, list[str]] = {
     "as it is": [],
@@ -59,13 +58,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     return result
 
 
-def _random(seed: int) -> list[str]:
-    return [f"--genotype=random:{seed}", f"--match_params={PARAMS}"]
-
-
 def _recipe(opt: EvidenceOptions) -> dict[str, Any] | None:
     """Each variant of the recipe on the same random cells, and on a plain CNN."""
-    of = {"cells": _random, "plain": lambda seed: ["--network=plain", f"--match_params={PARAMS}"]}
+    size = f"--match_params={opt.params}"
+    of: dict[str, Callable[[int], list[str]]]
+    of = {"cells": lambda seed: [f"--genotype=random:{seed}", size], "plain": lambda _: ["--network=plain", size]}
     names = {(name, kind): f"recipe_{study.slug(name)}_{kind}" for name in RECIPE for kind in of}
     rounds = [
         [study.train(opt, "tuning", label, seed, [*of[kind](seed), *RECIPE[name]])]
@@ -99,7 +96,8 @@ def _compared(opt: EvidenceOptions, split: str, name: str, n: int, more: Sequenc
     argv = ["--dataset=fashion_mnist", f"--name=evidence_{name}", f"--n={n}", f"--split={study.split_file(opt, split)}"]
     argv += [f"--search_config={SEARCH}", f"--retrain_config={TRAIN}", "--match_flops=True", f"--part={opt.part}"]
     argv += [f"--retrain_options={json.dumps([data, *opt.retrain_options.split()])}"]
-    argv += [f"--experiments_dir={opt.experiments_dir}"] + ([f"--minutes={opt.minutes}"] if opt.minutes else [])
+    argv += [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
+    argv += [f"--minutes={opt.minutes}"] if opt.minutes else []
     try:
         result = compare.main([*argv, *more])
     except compare.Unfinished:
@@ -121,7 +119,7 @@ def _remedies(opt: EvidenceOptions) -> dict[str, Any] | None:
     if len(runs) < len(REMEDIES):
         return None
     cells = [run for its in runs.values() for run in its["random"]]
-    rows = [["random", len(cells), *_spread(cells), "", "", "", ""]]
+    rows: list[list[Any]] = [["random", len(cells), *_spread(cells), "", "", "", ""]]
     for name, its in runs.items():
         gap = comparison.difference([run["acc"] for run in its["found"]], [run["acc"] for run in cells])
         minutes, free = (statistics.mean(run[key] for run in its["searches"]) for key in ("minutes", "free"))
@@ -167,10 +165,16 @@ def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
         f"{statistics.mean(run['free'] for run in searches):.0f} % of the operations of found cells (uniform 43 %).\n\n"
         "![test accuracy of every run](evidence/compare.png)"
     )
-    comparison.draw(runs, Path(opt.out) / "evidence" / "compare.png")
+    comparison.draw(runs, _picture(opt, "compare"))
     more = {"runs": runs, "searches": searches, "derivation_gaps": gaps, "analysis": analysis}
     kept = {name: result[name] for name in ("differences", "against_best_of")}
     return record.publish("evidence", opt, more | kept, text, "compare", "evidence")
+
+
+def _picture(opt: EvidenceOptions, name: str) -> Path:
+    path = Path(opt.out) / "evidence" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _gap(opt: EvidenceOptions) -> dict[str, Any] | None:
@@ -198,7 +202,7 @@ def _gap(opt: EvidenceOptions) -> dict[str, Any] | None:
         shown = [f"{statistics.mean(values):.2f} %" for values in ends]
         rows.append([name, len(its), *shown, f"{statistics.mean(gaps):+.2f} ({min(gaps):+.2f} to {max(gaps):+.2f})"])
     head = ["sampler", "n", "supernet at a fresh Z", "its child", "difference (lowest to highest), points"]
-    _draw_gaps(runs, Path(opt.out) / "evidence" / "gap.png")
+    _draw_gaps(runs, _picture(opt, "gap"))
     text = f"{record.table(head, rows)}\n\n![the child less the sampled supernet](evidence/gap.png)"
     return record.publish("evidence", opt, {"runs": runs}, text, "gap", "evidence")
 

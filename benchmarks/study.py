@@ -38,10 +38,16 @@ class EvidenceOptions(Recorded):
     """See above; a stage that is complete writes its part of docs/evidence.md."""
     source: str = "/usr/share/datasets/fashion-mnist"
     """With prepare, the folder of the data set's four files, as Debian's dataset-fashion-mnist has them."""
+    images: PositiveInt = 5000
+    """With prepare, images of each split that are trained on or validate, a fifth of them; up to 25,000."""
+    test_images: PositiveInt = 10_000
+    """With prepare, images to test on or to judge by; up to 10,000."""
     n: PositiveInt = 20
     """Searches of the comparison."""
     tries: PositiveInt = 3
     """Runs of each recipe and each remedy."""
+    params: PositiveInt = 41_000
+    """Of the networks that recipes are tried with, give or take 5 %."""
     minutes: PositiveFloat | None = None
     """No further run begins after so many minutes; the same command goes on."""
     part: str = "1/1"
@@ -52,6 +58,8 @@ class EvidenceOptions(Recorded):
     """Further options of every training."""
     experiments_dir: str = "experiments"
     """Where the runs go, as evidence_..."""
+    visualizations_dir: str = "visualizations"
+    """Where the pictures of found cells go."""
     data_dir: str = "data"
     """Where prepare puts the images and the splits."""
 
@@ -76,13 +84,15 @@ def prepare(opt: EvidenceOptions) -> None:
         with gzip.open(packed) as read, (place / f"{name}-ubyte").open("wb") as write:
             shutil.copyfileobj(read, write)
     labels = np.frombuffer((place / "train-labels-idx1-ubyte").read_bytes()[8:], dtype=np.uint8)
-    for name, first, test in (("study", 0, range(60_000, 70_000)), ("tuning", 25_000, range(50_000, 60_000))):
+    each = min(opt.images, 25_000) // 10  # of a class
+    for name, first, tested in (("study", 0, 60_000), ("tuning", 25_000, 50_000)):
+        test = range(tested, tested + min(opt.test_images, 10_000))
         drawn: dict[str, list[int]] = {"train": [], "valid": [], "test": [*test]}
         for label in range(10):
             places = [i for i in range(first, first + 25_000) if labels[i] == label]
-            random.Random(f"{name} {label}").shuffle(places)
-            drawn["train"] += places[:400]
-            drawn["valid"] += places[400:500]
+            random.Random(f"{name} {label}").shuffle(places)  # of some classes there are fewer than 2,500
+            drawn["train"] += places[: each - each // 5]
+            drawn["valid"] += places[each - each // 5 : each]
         split = {part: [f"fashion_mnist/{index}" for index in sorted(its)] for part, its in drawn.items()}
         utils.write_atomic(split_file(opt, name), json.dumps(split))
         print(f"written  {split_file(opt, name)}")
@@ -95,7 +105,8 @@ def split_file(opt: EvidenceOptions, name: str) -> Path:
 
 def _common(opt: EvidenceOptions, split: str, name: str, seed: int) -> list[str]:
     argv = ["--dataset=fashion_mnist", f"--data_dir={opt.data_dir}", f"--split={split_file(opt, split)}"]
-    return [*argv, f"--experiments_dir={opt.experiments_dir}", f"--name=evidence_{name}_{seed}", f"--seed={seed}"]
+    argv += [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
+    return [*argv, f"--name=evidence_{name}_{seed}", f"--seed={seed}"]
 
 
 def search(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:

@@ -1,7 +1,9 @@
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import options
 from benchmarks import (
     child_step,
     estimators,
+    evidence,
     first_step,
     growth,
     input_pipeline,
@@ -161,3 +164,56 @@ def test_the_estimators_are_compared_on_the_exact_gradient(tmp_path: Path) -> No
     relaxed = [figures["decided", "reparametrization", t]["noise"] for t in (1.0, 0.1)]
     assert relaxed[0] < relaxed[1]
     assert "| undecided | expectation | - | 0.000 | 0.00 |" in (tmp_path / "budget.md").read_text()
+
+
+def pack(folder: Path) -> Path:
+    """Four files as Fashion-MNIST has them, of smaller images with noise and a sign of their class."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 60_000), ("t10k", 10_000)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = np.zeros((count, 10, 10), np.uint8)
+        images[:, :2] = rng.integers(0, 99, (count, 2, 10))
+        images[np.arange(count), 4, labels] = 255
+        for kind, values, head in (
+            ("images-idx3", images, (2051, count, 10, 10)),
+            ("labels-idx1", labels, (2049, count)),
+        ):
+            with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb", compresslevel=1) as file:
+                file.write(np.array(head, ">i4").tobytes() + values.tobytes())
+    return folder
+
+
+def test_every_stage_of_the_study_writes_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--init_channels=4 --epochs=2 --batch_size=8 --crop_padding=1 --device=cpu"
+    given = [
+        f"--source={pack(tmp_path / 'source')}", "--images=50", "--test_images=60", "--n=3", "--tries=1", "--params=9000",
+        f"--data_dir={tmp_path}/data", f"--experiments_dir={tmp_path}/experiments", f"--out={tmp_path}/docs",
+        f"--visualizations_dir={tmp_path}/visualizations",
+        f"--search_options={small} --warmup_epochs=1 --select=3 --finalists=1 --finalist_epochs=1",
+        f"--retrain_options={small}",
+    ]  # fmt: skip
+    evidence.main([*given, "--stage=prepare"])
+    splits = [json.loads((tmp_path / "data" / f"fashion_{name}.json").read_text()) for name in ("study", "tuning")]
+    assert all([len(split[part]) for part in ("train", "valid", "test")] == [40, 10, 60] for split in splits)
+    named = [name for split in splits for part in split.values() for name in part]
+    assert len({*named}) == len(named)  # what is tuned on is not in the comparison
+    assert evidence.main([*given, "--stage=compare", "--minutes=1e-9"]) is None
+    assert "runs are missing" in capsys.readouterr().out
+    found = {stage: evidence.main([*given, f"--stage={stage}"]) for stage in ("compare", "recipe", "gap", "ranking")}
+    page = (tmp_path / "docs" / "evidence.md").read_text()
+    for stage, result in found.items():
+        assert result is not None and f"<!-- {stage} -->" in page
+        assert json.loads((tmp_path / "docs" / "evidence" / f"{stage}.json").read_text()) == json.loads(
+            json.dumps(result)
+        )
+    compared = found["compare"]
+    assert compared is not None and 0 <= compared["analysis"]["permutation_p"] <= 1
+    assert [run["seed"] for run in compared["runs"]["long"]] == [0, 1, 2]
+    for name in ("compare", "gap"):
+        assert (tmp_path / "docs" / "evidence" / f"{name}.png").stat().st_size > 5000
+    capsys.readouterr()
+    evidence.main([*given, "--stage=compare"])
+    assert "epoch   1" not in capsys.readouterr().out  # nothing is run twice
+    with pytest.raises(UserError, match=r"has no train-images-idx3-ubyte\.gz; apt-get install dataset-fashion-mnist"):
+        evidence.main([*given, "--stage=prepare", f"--source={tmp_path}"])

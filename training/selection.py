@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import utils
@@ -110,7 +110,7 @@ def _trained(run: Run[TrainOptions], network: Network, genotype: Genotype, title
     z = own.one_hot(genotype)
     optimizer = torch.optim.SGD(own.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay)
     total = opt.finalist_epochs * run.steps
-    scheduler = OneCycleLR(optimizer, opt.learning_rate, total, pct_start=0.2, cycle_momentum=False)
+    scheduler = CosineAnnealingLR(optimizer, total)
     torch.manual_seed(utils.fold(opt.seed, "finalist"))  # drop path
     with tqdm(total=total, desc=title, unit="step", leave=False, disable=None) as bar:
         for epoch in range(opt.finalist_epochs):
