@@ -27,8 +27,9 @@ class InspectOptions(DeployedOptions):
     """A file to write the genotype to, as retrain.py --genotype takes it. Nothing is overwritten."""
     visualize: bool = True
     """Draw the cells to visualizations_dir/EXPERIMENT/."""
-    rule: Literal["argmax", "top2"] = "argmax"
-    """How the genotype is derived: argmax (SNAS, none included) or top2 (DARTS, for comparison)."""
+    rule: Literal["search", "argmax", "top2"] = "search"
+    """How the genotype is derived: as the search does, by --select in the last epoch if it has that, else by argmax
+    (SNAS, none included); top2 (DARTS) is for comparison."""
     experiments_dir: str = "experiments"
     """Where runs lie."""
     visualizations_dir: str = "visualizations"
@@ -78,18 +79,22 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     run = replace(run, **{name: value for name, value in wanted.items() if value is not None})
     state = content["parts"]["network"]
     alphas = [state["alpha_normal"], state["alpha_reduce"]]
-    genotype = genotypes.derive(alphas[0], alphas[1], run.space, opt.rule)
+    genotype = genotypes.derive(alphas[0], alphas[1], run.space, "top2" if opt.rule == "top2" else "argmax")
+    chosen = opt.rule == "search" and run.select > 0 and content["epoch"] == run.epochs
+    if chosen and (folder / "genotype.json").is_file():
+        genotype = genotypes.Genotype.from_json((folder / "genotype.json").read_text(encoding="utf-8"))
     info = DataInfo(**content["data"])
     deployed = Deployed.planned(info, run)
     costs = deployed.price(genotype)
-    _report(content, run, alphas, genotype)
+    _report(content, run, alphas, genotype, chosen)
     _report_costs(deployed, costs, content["metrics"])
     files: list[Path] = []
     if opt.out is not None:
         utils.write_atomic(Path(opt.out), genotype.to_json() + "\n")
         print(f"written     {opt.out}")
     if opt.visualize:
-        ending = f"_epoch_{content['epoch']}" + ("" if opt.rule == "argmax" else f"_{opt.rule}")
+        plain = opt.rule == "search" or (opt.rule == "argmax" and not run.select)
+        ending = f"_epoch_{content['epoch']}" + ("" if plain else f"_{opt.rule}")
         files = visualize.draw_genotype(genotype, place, ending, alphas)
         print("pictures    " + ", ".join(str(path) for path in files))
     return Inspected(content["epoch"], content["metrics"], genotype, **costs, files=files)
@@ -110,7 +115,9 @@ def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
     return checkpoint.path_of(folder, "weights", epoch)
 
 
-def _report(content: dict[str, Any], run: ConstraintOptions, alphas: list[Any], genotype: "Genotype") -> None:
+def _report(
+    content: dict[str, Any], run: ConstraintOptions, alphas: list[Any], genotype: "Genotype", chosen: bool
+) -> None:
     import sampling
     import search
 
@@ -130,9 +137,9 @@ def _report(content: dict[str, Any], run: ConstraintOptions, alphas: list[Any], 
     print(f"entropy     normal {found[0]:.2f}, reduce {found[1]:.2f} nats (uniform: {uniform:.2f})")
     leads = [sampling.margin(alpha).item() for alpha in alphas]
     print(f"margin      normal {leads[0]:.3f}, reduce {leads[1]:.3f}: the lead of the likeliest op, mean over edges")
-    for warning in search.doubts(genotype, run.layers, *leads):
+    for warning in search.doubts(genotype, run, *leads):
         print(warning)
-    print("genotype    an op:input for each edge kept")
+    print(f"genotype    {'chosen by --select: ' if chosen else ''}an op:input for each edge kept")
     for kind, nodes, _ in genotype.cells():
         for index, node in enumerate(nodes):
             edges = "  ".join(f"{op}:{source}" for op, source in node) or "no input: zeros"

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import inspect_model
 import main
 import main_constraint
 import utils
@@ -56,6 +57,10 @@ def test_a_search_takes_the_best_finalist_and_says_what_it_looked_at(
     trained = [child["trained"]["loss"] for child in children if child["trained"]]
     rest = [child["shared"]["loss"] for child in children if not child["trained"]]
     assert len(trained) == 3 and trained == sorted(trained) and rest == sorted(rest)
+    shown = inspect_model.main([f"--experiment={found.folder.name}", *(a for a in arguments if "_dir=" in a)])
+    assert shown.genotype == found.genotype and "chosen by --select" in capsys.readouterr().out
+    likeliest = inspect_model.main(["--experiment=run", "--rule=argmax", *(a for a in arguments if "_dir=" in a)])
+    assert "chosen by" not in capsys.readouterr().out and likeliest.files[0].stem.endswith("_argmax")
     assert max(child["shared"]["loss"] for child in children[:3]) <= min(rest)
 
 
