@@ -84,12 +84,14 @@ def prepare(opt: EvidenceOptions) -> None:
         with gzip.open(packed) as read, (place / f"{name}-ubyte").open("wb") as write:
             shutil.copyfileobj(read, write)
     labels = np.frombuffer((place / "train-labels-idx1-ubyte").read_bytes()[8:], dtype=np.uint8)
-    each = min(opt.images, 25_000) // 10  # of a class
-    for name, first, tested in (("study", 0, 60_000), ("tuning", 25_000, 50_000)):
-        test = range(tested, tested + min(opt.test_images, 10_000))
+    judged = len(labels) // 6  # 10,000 training images to judge what is tuned by, the others for two pools of 25,000
+    pool = (len(labels) - judged) // 2
+    each = min(opt.images, pool) // 10  # of a class
+    for name, first, tested in (("study", 0, len(labels)), ("tuning", pool, 2 * pool)):
+        test = range(tested, tested + min(opt.test_images, judged))
         drawn: dict[str, list[int]] = {"train": [], "valid": [], "test": [*test]}
         for label in range(10):
-            places = [i for i in range(first, first + 25_000) if labels[i] == label]
+            places = [i for i in range(first, first + pool) if labels[i] == label]
             random.Random(f"{name} {label}").shuffle(places)  # of some classes there are fewer than 2,500
             drawn["train"] += places[: each - each // 5]
             drawn["valid"] += places[each - each // 5 : each]
