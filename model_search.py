@@ -231,7 +231,7 @@ class Network(nn.Module):
         counts = self.cells_of_kind if per_cell else (None, None)
         draw = sampling.SAMPLERS[sampler]
         draws = [draw(a, temperature, generator, n) for a, n in zip(self.alphas(), counts, strict=True)]
-        return (Drawn if sampler in sampling.ONE_HOT else Z)(*draws)
+        return (Drawn if sampler in sampling.SPARSE else Z)(*draws)
 
     def one_hot(self, genotype: Genotype) -> Z:
         """The Z at which the supernet is the child of `genotype`: rows one-hot, none where no op is left.

@@ -28,7 +28,7 @@ class Z(NamedTuple):
 
 
 class Drawn(Z):
-    """A one-hot Z: the operations that it did not draw do not run, so that their weights have no gradient."""
+    """A Z of which the operations with a weight of exactly zero do not run, so that their weights have no gradient."""
 
     __slots__ = ()
 
@@ -76,6 +76,21 @@ def dsnas_sample(
     return _one_hot(concrete_sample(alpha, temperature, generator, cells)) * (1 + (log_p - log_p.detach()))
 
 
+LEAST = 0.05  # weights below this are left out by truncated_sample
+
+
+def truncated_sample(
+    alpha: Tensor, temperature: float, generator: torch.Generator | None = None, cells: int | None = None
+) -> Tensor:
+    """A Concrete Z without its small weights, the others scaled to a sum of 1; what is left out does not run.
+
+    Arguments and shape are those of concrete_sample.
+    """
+    soft = concrete_sample(alpha, temperature, generator, cells)
+    kept = soft * (soft >= min(LEAST, 1 / alpha.shape[-1]))
+    return kept / kept.sum(-1, keepdim=True)
+
+
 def softmax_weights(
     alpha: Tensor, temperature: float, generator: torch.Generator | None = None, cells: int | None = None
 ) -> Tensor:
@@ -93,9 +108,11 @@ SAMPLERS: Mapping[str, Callable[[Tensor, float, torch.Generator | None, int | No
     "concrete": concrete_sample,
     "straight_through": straight_through_sample,
     "dsnas": dsnas_sample,
+    "truncated": truncated_sample,
     "softmax": softmax_weights,
 }
-ONE_HOT = ("straight_through", "dsnas")  # give a Drawn
+ONE_HOT = ("straight_through", "dsnas")
+SPARSE = (*ONE_HOT, "truncated")  # give a Drawn
 
 
 def entropy(alpha: Tensor) -> Tensor:

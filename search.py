@@ -73,7 +73,7 @@ def make_learner(opt: TrainOptions, info: DataInfo, make_objective: MakeObjectiv
     """The supernet, its objective, SGD for theta and Adam for alpha, seeded; on the CPU."""
     torch.manual_seed(utils.fold(opt.seed, "init"))
     network = Network.of(options.to_dict(opt), info.to_dict())
-    drawn = opt.sampler in sampling.ONE_HOT  # weights that wait for their first gradient are beyond the fused form
+    drawn = opt.sampler in sampling.SPARSE  # weights that wait for their first gradient are beyond the fused form
     theta = torch.optim.SGD(
         network.thetas(), opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, fused=not drawn
     )

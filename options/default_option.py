@@ -136,9 +136,10 @@ class TrainOptions(RunOptions):
     recompute: bool = False
     """Keep only the inputs of each cell for the backward pass and compute the rest again: less memory, slower."""
 
-    sampler: Literal["concrete", "straight_through", "dsnas", "softmax"] = "concrete"
-    """How Z comes from alpha: concrete is SNAS's; straight_through and dsnas draw one operation an edge and run that
-    alone, a step in a fraction of the time; softmax is DARTS's mixture, without a draw."""
+    sampler: Literal["concrete", "truncated", "straight_through", "dsnas", "softmax"] = "concrete"
+    """How Z comes from alpha: concrete is SNAS's; truncated leaves out its small weights, so that their operations need
+    not run; straight_through and dsnas draw one operation an edge and run that alone, a step in a fraction of the time;
+    softmax is DARTS's mixture, without a draw."""
     warmup_epochs: NonNegativeInt = 0
     """Epochs at the start in which alpha stays as it is and theta alone learns, so that alpha meets trained weights."""
     select: NonNegativeInt = 0

@@ -208,5 +208,5 @@ def test_every_sampler_is_a_z_of_the_supernet() -> None:
         for per_cell in (False, True):
             z = network.sample(1.0, torch.Generator().manual_seed(0), per_cell, name)
             assert torch.isfinite(network(images, z)).all()
-            assert isinstance(z, sampling.Drawn) == isinstance(z.detach(), sampling.Drawn) == (name in sampling.ONE_HOT)
+            assert isinstance(z, sampling.Drawn) == isinstance(z.detach(), sampling.Drawn) == (name in sampling.SPARSE)
             assert not z.detach().normal.requires_grad
