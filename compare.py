@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "found" not in rows or len(rows) < 2:
         raise Unfinished("not every contender has been trained yet; give more --minutes")
     gaps = comparison.compare(rows)
-    more = {"differences": gaps, "against_best_of": comparison.against_best_of(rows)}
+    more = {"differences": gaps, "against_best_of": comparison.against_best_of(rows), "over_groups": _groups(opt, rows)}
     text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps)}"
     result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
     utils.write_atomic(folder / "comparison.json", json.dumps(result | more, indent=1) + "\n")
@@ -146,6 +146,25 @@ def _run(stage: Stage) -> None:
         search.run_search(stage.opt, lambda network, info, opt: Objective())
     else:
         retraining.run_retrain(stage.opt)
+
+
+def _groups(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Differences of the found cells to each other contender over the groups of --group_pattern, where there is one."""
+    from child import comparison
+
+    base = Path(opt.experiments_dir)
+    seed = rows["found"][0]["seed"]
+    pattern = json.loads((base / f"{opt.name}_found_{seed}" / "split.json").read_text(encoding="utf-8"))[
+        "group_pattern"
+    ]
+    if pattern is None:
+        return {}
+    files = {
+        name: [base / f"{opt.name}_{name}_{row['seed']}" / "guesses.csv" for row in its] for name, its in rows.items()
+    }
+    return {
+        name: comparison.over_groups(files["found"], its, pattern) for name, its in files.items() if name != "found"
+    }
 
 
 def minutes_of(search: Path) -> float:

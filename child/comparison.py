@@ -1,5 +1,6 @@
 """What a search is worth: the found cell against what a user would take instead, with n and intervals."""
 
+import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from math import comb
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import t
+
+from loading import splits
 
 NAMES = {
     "found": "found cell",
@@ -84,6 +87,61 @@ def _shown(points: float, low: float, high: float) -> str:
     """The interval of a gain or a loss, for people."""
     ends = (low, high) if points >= 0 else (-high, -low)
     return f"{ends[0]:.1f} to {ends[1]:.1f}" + ("" if ends[0] > 0 else ", so nothing is shown")
+
+
+def over_groups(
+    found: Sequence[Path], others: Sequence[Path], pattern: str, draws: int = 2000
+) -> dict[str, dict[str, float]]:
+    """Differences of accuracy and balanced accuracy, their intervals those of a bootstrap over groups and over runs.
+
+    Images of one scene are right or wrong together, so that the images themselves are no sample of scenes to come.
+
+    Args:
+        found, others: guesses.csv of the runs, all of the same images.
+        pattern: the --group_pattern; images without a match are groups of their own.
+        draws: of the bootstrap.
+    """
+    tables = [[_guesses(path) for path in side] for side in (found, others)]
+    first = tables[0][0]
+    classes = {name: place for place, name in enumerate(sorted({row["class"] for row in first}))}
+    groups: dict[str, int] = {}
+    places = []
+    group = splits.group_of([row["image"] for row in first], pattern)
+    for row in first:
+        places.append((groups.setdefault(group(row["image"]), len(groups)), classes[row["class"]]))
+    index = tuple(np.array(places).T)
+    total = np.zeros((len(groups), len(classes)))
+    np.add.at(total, index, 1)
+    right = [np.zeros((len(side), *total.shape)) for side in tables]  # (runs, groups, classes)
+    for counts, side in zip(right, tables, strict=True):
+        for number, table in enumerate(side):
+            np.add.at(counts[number], index, [row["class"] == row["guess"] for row in table])
+    rng = np.random.default_rng(0)
+
+    def gaps(weights: Any, runs: Sequence[Any]) -> list[float]:
+        pairs = [
+            (weights @ counts[chosen].mean(0), weights @ total) for counts, chosen in zip(right, runs, strict=True)
+        ]
+        plain = [100 * hits.sum() / all_.sum() for hits, all_ in pairs]
+        balanced = [100 * (hits[all_ > 0] / all_[all_ > 0]).mean() for hits, all_ in pairs]
+        return [plain[0] - plain[1], balanced[0] - balanced[1]]
+
+    every = [np.arange(len(side)) for side in tables]
+    samples = []
+    for _ in range(draws):
+        weights = np.bincount(rng.integers(0, len(groups), len(groups)), minlength=len(groups)).astype(float)
+        samples.append(gaps(weights, [rng.choice(side, len(side)) for side in every]))
+    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
+    points = gaps(np.ones(len(groups)), every)
+    return {
+        name: {"difference": float(points[i]), "low": float(low[i]), "high": float(high[i]), "groups": len(groups)}
+        for i, name in enumerate(("acc", "balanced_acc"))
+    }
+
+
+def _guesses(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def verdict(rows: Rows, gaps: Mapping[str, Gap]) -> str:

@@ -100,7 +100,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
         if opt.compile:
             loop.compile_cells(learner.network.cells)
         loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
-        result = testing.test(run, learner.evaluated(), genotype)
+        result = testing.test(run, learner.evaluated(), genotype, run.folder / "guesses.csv")
         if genotype is not None:
             utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
         utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
@@ -257,7 +257,7 @@ def _evaluate_only(opt: ChildOptions) -> Tested:
     for note in data.notes:
         print(f"note:    {note}")
     _check_test_images(run, known if opt.test_folder is None else {})
-    result = testing.test(run, network.to(device), genotype)
+    result = testing.test(run, network.to(device), genotype, None)
     print(f"weights  {of}, epoch {content['epoch']} of {epochs}")
     print(f"test     {testing.in_words(result)}")
     return Tested(folder, genotype, result)

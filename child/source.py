@@ -171,7 +171,7 @@ def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
         price = deployed.price(genotype)
         seen.append(price["params"])
         alike = abs(price["params"] - opt.match_params) <= 0.05 * opt.match_params
-        if alike and (flops is None or abs(price["flops"] - flops) <= 0.1 * flops):
+        if alike and (flops is None or abs(passes(opt) * price["flops"] - flops) <= 0.1 * flops):
             return genotype
     more = "" if flops is None else f", --match_flops {flops}"
     raise UserError(

@@ -1,5 +1,6 @@
 """A trained network on the test images: what test.json says."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import utils
 from child import source
 from child.source import Trainable
 from genotypes import Genotype
@@ -54,14 +56,19 @@ def test_figures(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict
     }
 
 
-def test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None) -> dict[str, Any]:
-    """The content of test.json: figures of the test split; params, flops and mac without the auxiliary head."""
+def test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None, guesses: Path | None) -> dict[str, Any]:
+    """The content of test.json: figures of the test split; params, flops and mac without the auxiliary head.
+
+    Args:
+        run: gives the images. network: with its weights. genotype: of its cells.
+        guesses: a file for what was guessed of every image, see write_guesses; None for none.
+    """
     opt, info = run.opt, run.data.info
+    logits, labels = evaluation.predict(logits_of(run, network, opt.test_flip), run.batches("test"))
+    if guesses is not None:
+        write_guesses(guesses, run.data.split["test"], info.classes, logits, labels)
     return {
-        **test_figures(
-            *evaluation.predict(logits_of(run, network, opt.test_flip), run.batches("test")),
-            info.classes,
-        ),
+        **test_figures(logits, labels, info.classes),
         **tested_cost(opt, genotype, info),
         "network": opt.network,
         "seed": opt.seed,
@@ -69,6 +76,16 @@ def test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None) 
         "train_images": len(run.data.indices["train"]),
         "genotype": genotype and genotype.to_dict(),
     }
+
+
+def write_guesses(path: Path, names: Sequence[str], classes: Sequence[str], logits: Tensor, labels: Tensor) -> None:
+    """A table of the images: name, class, guess, and the probability that was given to the guess."""
+    probability, guess = logits.double().softmax(1).max(1)  # (N,)
+    with utils.replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "class", "guess", "probability"])
+        for name, label, best, share in zip(names, labels.tolist(), guess.tolist(), probability.tolist(), strict=True):
+            table.writerow([name, classes[label], classes[best], f"{share:.4f}"])
 
 
 def tested_cost(opt: ChildOptions, genotype: Genotype | None, info: DataInfo) -> dict[str, int]:

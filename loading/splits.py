@@ -67,7 +67,7 @@ def with_groups(given: Stored, opt: DataOptions, refuse: bool) -> tuple[Stored, 
     """
     if opt.group_pattern is None or given.group_pattern is not None:
         return given, _unused(given, opt)
-    group = _group_of([name for names in given.split.values() for name in names], opt.group_pattern)
+    group = group_of([name for names in given.split.values() for name in names], opt.group_pattern)
     parts = [{group(name) for name in names} for names in given.split.values()]
     torn = sorted(parts[0] & (parts[1] | parts[2]) | parts[1] & parts[2])
     if torn and refuse:
@@ -99,7 +99,7 @@ def fit_split(
     notes = [f"{len(gone):,} of the {total:,} images of the split are gone, e.g. {gone[0]}"] if gone else []
     known = {label[name] for part in kept.values() for name in part}
     used = {*here.values()}
-    group = _group_of([*names, *named], stored.group_pattern)  # also of images that are gone
+    group = group_of([*names, *named], stored.group_pattern)  # also of images that are gone
     held = {group(name) for part in ("valid", "test") for name in stored.split[part]}
     trained = {group(name) for name in stored.split["train"]}
     joining: list[str] = []
@@ -142,7 +142,7 @@ def _split_anew(names: list[str], label: Mapping[str, int], classes: list[str], 
     return split
 
 
-def _group_of(names: list[str], pattern: str | None) -> Callable[[str], str]:
+def group_of(names: list[str], pattern: str | None) -> Callable[[str], str]:
     """The group of an image: itself, if there are none or the pattern does not fit it."""
     if pattern is None:
         return lambda name: name

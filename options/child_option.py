@@ -28,7 +28,7 @@ class ChildOptions(RunOptions):
     """With random:SEED, draw until the child has this many parameters, give or take 5 %; with --network, choose its
     width."""
     match_flops: PositiveInt | None = None
-    """With random:SEED and --match_params, and this many multiply-adds, give or take 10 %."""
+    """With random:SEED and --match_params, and this many multiply-adds (of all passes of --tta), give or take 10 %."""
     space: Literal["snas", "nasnet", "amoebanet", "convs"] = "snas"
     """With random:SEED, the operation space drawn from."""
     use_valid: bool = True

@@ -96,7 +96,11 @@ def test_cells_of_other_sizes_than_random_ones_are_refused(given: list[str]) -> 
 def test_random_cells_are_of_the_space_that_is_searched(given: list[str], tmp_path: Path) -> None:
     given = [*given, "--n=1", "--contenders=[found,random]"]
     space = json.loads(next(option for option in given if "search_options" in option).partition("=")[2])
-    compare.main([*given, f"--search_options={json.dumps([*space, '--space=amoebanet'])}"])
+    space += ["--space=amoebanet", r"--group_pattern=_(\d+)"]
+    result = compare.main([*given, f"--search_options={json.dumps(space)}"])
+    gaps = result["over_groups"]["random"]
+    assert gaps["acc"]["difference"] == pytest.approx(result["differences"]["random"]["difference"])
+    assert 1 < gaps["acc"]["groups"] <= 8
     for kind in ("found", "random"):
         cell = json.loads((tmp_path / "experiments" / f"compare_{kind}_0" / "genotype.json").read_text())
         assert cell["space"] == "amoebanet"
@@ -170,6 +174,31 @@ def test_the_verdict_says_what_is_shown_and_what_is_not() -> None:
     assert "lost 10.0 points (7.7 to 12.3) against a plain CNN." in said(found=rows(80, 81, 82), plain=found)
     assert "gained 10.0 points (one run shows nothing)" in said(found=rows(90), random=rows(80))
     assert "gained 0.0 points (the runs of each agree)" in said(found=rows(90, 90), random=rows(90, 90))
+
+
+def test_the_interval_over_groups_is_wide_where_a_scene_is_right_or_wrong_as_a_whole(tmp_path: Path) -> None:
+    """60 scenes of 10 images: the first contender has 40 scenes right, the other 30; and the same by single images."""
+
+    def write(name: str, right: list[bool]) -> Path:
+        path = tmp_path / name
+        lines = ["image,class,guess,probability"]
+        for number, hit in enumerate(right):
+            label = "ab"[number % 2]
+            lines.append(f"{label}/{number // 10}_{number}.png,{label},{label if hit else 'c'},0.5")
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    scenes = [write(f"s{n}.csv", [i // 10 < n for i in range(600)]) for n in (40, 30)]
+    found = comparison.over_groups(scenes[:1], scenes[1:], r"^(\d+)_")
+    single = comparison.over_groups(scenes[:1], scenes[1:], r"^(\d+_\d+)\.")
+    for name in ("acc", "balanced_acc"):
+        assert found[name]["difference"] == pytest.approx(100 / 6) and found[name]["groups"] == 60
+        widths = [gap[name]["high"] - gap[name]["low"] for gap in (found, single)]
+        # a share of 1/6 of 60 scenes, or of 600 images: 2 * 1.96 standard errors
+        assert widths[0] == pytest.approx(2 * 196 * (1 / 6 * 5 / 6 / 60) ** 0.5, rel=0.15)
+        assert widths[1] == pytest.approx(2 * 196 * (1 / 6 * 5 / 6 / 600) ** 0.5, rel=0.15)
+    rare = [write(f"r{n}.csv", [i % 2 == 0 or i < n for i in range(600)]) for n in (300, 0)]  # b is rarer to be right
+    assert comparison.over_groups(rare[:1], rare[1:], r"^(\d+)_")["balanced_acc"]["difference"] == pytest.approx(25)
 
 
 def test_the_best_of_k_is_what_drawing_k_cells_gives() -> None:

@@ -132,3 +132,19 @@ def test_softmax_is_p_alpha_without_noise_or_temperature() -> None:
     alpha = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sampling.softmax_weights(alpha, 0.01), alpha.softmax(-1))
     assert torch.equal(sampling.softmax_weights(alpha, 1.0, None, 2)[1], alpha.softmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_truncated_leaves_out_small_weights_and_keeps_the_ratios_of_the_others(temperature: float) -> None:
+    alpha = torch.randn(14, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    soft = sampling.concrete_sample(alpha, temperature, torch.Generator().manual_seed(2))
+    ours = sampling.truncated_sample(alpha, temperature, torch.Generator().manual_seed(2))
+    kept = soft >= sampling.LEAST
+    assert ((ours > 0) == kept).all() and torch.allclose(ours.sum(-1), torch.ones(14))
+    assert not kept.all() and kept.any(-1).all()
+    top = soft.max(-1, keepdim=True).values, ours.max(-1, keepdim=True).values
+    assert torch.allclose((ours / top[1])[kept], (soft / top[0])[kept])
+    (gradient,) = torch.autograd.grad((ours * torch.arange(8.0)).sum(), alpha)
+    assert torch.isfinite(gradient).all() and gradient[kept.sum(-1) > 1].any()
+    wide = sampling.truncated_sample(torch.zeros(1, 100), 1.0, torch.Generator().manual_seed(0))
+    assert wide.isfinite().all() and wide.sum().item() == pytest.approx(1)

@@ -1,3 +1,4 @@
+import csv
 import json
 import random
 import re
@@ -50,6 +51,11 @@ def test_a_retraining_leaves_its_artefacts_and_tests_once(searched: list[str], t
 def test_figures_of_the_test_split_agree_with_each_other_and_the_checkpoint(searched: list[str]) -> None:
     tested = retrain.main(searched)
     confusion = np.array(tested.figures["confusion"])
+    with (tested.folder / "guesses.csv").open(encoding="utf-8", newline="") as file:
+        table = [*csv.DictReader(file)]
+    assert [row["image"] for row in table] == json.loads((tested.folder / "split.json").read_text())["test"]
+    assert all(row["image"].startswith(f"{row['class']}/") and 1 / 3 <= float(row["probability"]) <= 1 for row in table)
+    assert sum(row["class"] == row["guess"] for row in table) == confusion.trace()
     assert confusion.sum() == tested.figures["test_images"] == 8
     assert tested.figures["acc"] == pytest.approx(100 * confusion.trace() / 8)
     recalls = 100 * confusion.diagonal() / confusion.sum(1)
