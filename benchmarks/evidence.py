@@ -12,9 +12,9 @@ the first 25,000 training images, and its test images are the data set's own 10,
 25,000, and 10,000 of the rest to be judged on. Of each 5,000, 4,000 are trained on and 1,000 validate, for all alike.
 
 The comparison, fixed before its first run: N = 20 searches, seeds 0 to 19; of each the found cell, a random cell with
-its parameters (5 %) and multiply-adds (10 %), a plain CNN and a ResNet with its parameters, and the plain CNN for as
-long; one recipe, one training each. The unit is the search. Primary: found less random, Welch's interval; further:
-permutation p, the percentile of the median found cell among the random ones, the best of k random cells in equal time.
+its parameters (5 %) and multiply-adds (10 %), a plain CNN and a ResNet with its parameters; one recipe, one training
+each. The unit is the search. Primary: found less random, Welch's interval; further: permutation p, the percentile of
+the median found cell among the random ones, the best of k random cells in equal time.
 """
 
 import json
@@ -141,7 +141,8 @@ def _spread(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
 def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
     """The comparison of compare.py, and the rest of the analysis."""
     of_search = json.dumps([f"--data_dir={opt.data_dir}", *opt.search_options.split()])
-    result = _compared(opt, "study", "compare", opt.n, [f"--search_options={of_search}"])
+    contenders = "--contenders=[found,random,plain,resnet]"
+    result = _compared(opt, "study", "compare", opt.n, [contenders, f"--search_options={of_search}"])
     if result is None:
         return None
     runs = result["runs"]

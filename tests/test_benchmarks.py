@@ -209,7 +209,7 @@ def test_every_stage_of_the_study_writes_its_part(tmp_path: Path, capsys: pytest
         )
     compared = found["compare"]
     assert compared is not None and 0 <= compared["analysis"]["permutation_p"] <= 1
-    assert [run["seed"] for run in compared["runs"]["long"]] == [0, 1, 2]
+    assert [run["seed"] for run in compared["runs"]["resnet"]] == [0, 1, 2]
     for name in ("compare", "gap"):
         assert (tmp_path / "docs" / "evidence" / f"{name}.png").stat().st_size > 5000
     capsys.readouterr()
