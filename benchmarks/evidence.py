@@ -95,7 +95,7 @@ def _compared(opt: EvidenceOptions, split: str, name: str, n: int, more: Sequenc
     data = f"--data_dir={opt.data_dir}"
     argv = ["--dataset=fashion_mnist", f"--name=evidence_{name}", f"--n={n}", f"--split={study.split_file(opt, split)}"]
     argv += [f"--search_config={SEARCH}", f"--retrain_config={TRAIN}", "--match_flops=True", f"--part={opt.part}"]
-    argv += [f"--retrain_options={json.dumps([data, *opt.retrain_options.split()])}"]
+    argv += [f"--retrain_options={json.dumps([data, *opt.retrain_options])}"]
     argv += [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
     argv += [f"--minutes={opt.minutes}"] if opt.minutes else []
     try:
@@ -110,7 +110,7 @@ def _remedies(opt: EvidenceOptions) -> dict[str, Any] | None:
     """Searches of every kind; their cells against random ones of the same size, each and all together."""
     runs: dict[str, Any] = {}
     for name, remedy in REMEDIES.items():
-        of_search = [f"--data_dir={opt.data_dir}", *opt.search_options.split(), *remedy]
+        of_search = [f"--data_dir={opt.data_dir}", *opt.search_options, *remedy]
         more = ["--contenders=[found,random]", f"--search_options={json.dumps(of_search)}"]
         result = _compared(opt, "tuning", f"remedy_{study.slug(name)}", opt.tries, more)
         if result is not None:
@@ -140,7 +140,7 @@ def _spread(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
 
 def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
     """The comparison of compare.py, and the rest of the analysis."""
-    of_search = json.dumps([f"--data_dir={opt.data_dir}", *opt.search_options.split()])
+    of_search = json.dumps([f"--data_dir={opt.data_dir}", *opt.search_options])
     contenders = "--contenders=[found,random,plain,resnet]"
     result = _compared(opt, "study", "compare", opt.n, [contenders, f"--search_options={of_search}"])
     if result is None:

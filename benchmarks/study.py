@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -52,9 +52,9 @@ class EvidenceOptions(Recorded):
     """No further run begins after so many minutes; the same command goes on."""
     part: str = "1/1"
     """K/N takes every N-th run from the K-th on: N processes share a stage."""
-    search_options: str = ""
-    """Further options of every search, as in a command line; for a trial of the whole in minutes."""
-    retrain_options: str = ""
+    search_options: list[str] = field(default_factory=list)
+    """Further options of every search, e.g. '["--epochs=1"]', for a trial of the whole in minutes."""
+    retrain_options: list[str] = field(default_factory=list)
     """Further options of every training."""
     experiments_dir: str = "experiments"
     """Where the runs go, as evidence_..."""
@@ -113,13 +113,13 @@ def _common(opt: EvidenceOptions, split: str, name: str, seed: int) -> list[str]
 
 def search(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:
     """A search with the preset of the study and more options."""
-    argv = [f"--config={SEARCH}", *_common(opt, split, name, seed), *more, *opt.search_options.split()]
+    argv = [f"--config={SEARCH}", *_common(opt, split, name, seed), *more, *opt.search_options]
     return Job(plain_search, TrainOptions, argv, "genotype.json")
 
 
 def train(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:
     """A training with the recipe of the study and more options."""
-    argv = [f"--config={TRAIN}", *_common(opt, split, name, seed), *more, *opt.retrain_options.split()]
+    argv = [f"--config={TRAIN}", *_common(opt, split, name, seed), *more, *opt.retrain_options]
     return Job(retrain, ChildOptions, argv, "test.json")
 
 

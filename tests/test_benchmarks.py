@@ -185,13 +185,14 @@ def pack(folder: Path) -> Path:
 
 
 def test_every_stage_of_the_study_writes_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = "--init_channels=4 --epochs=2 --batch_size=8 --crop_padding=1 --device=cpu"
+    small = ["--init_channels=4", "--epochs=2", "--batch_size=8", "--crop_padding=1", "--device=cpu"]
+    select = ["--warmup_epochs=1", "--select=3", "--finalists=1", "--finalist_epochs=1"]
     given = [
         f"--source={pack(tmp_path / 'source')}", "--images=50", "--test_images=60", "--n=3", "--tries=1", "--params=9000",
         f"--data_dir={tmp_path}/data", f"--experiments_dir={tmp_path}/experiments", f"--out={tmp_path}/docs",
         f"--visualizations_dir={tmp_path}/visualizations",
-        f"--search_options={small} --warmup_epochs=1 --select=3 --finalists=1 --finalist_epochs=1",
-        f"--retrain_options={small}",
+        f"--search_options={json.dumps([*small, *select])}",
+        f"--retrain_options={json.dumps(small)}",
     ]  # fmt: skip
     evidence.main([*given, "--stage=prepare"])
     splits = [json.loads((tmp_path / "data" / f"fashion_{name}.json").read_text()) for name in ("study", "tuning")]
