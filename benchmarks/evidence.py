@@ -40,10 +40,24 @@ from utils import read_metrics
 # What the recipe is varied by, one thing at a time
 RECIPE: dict[str, list[str]] = {
     "as it is": [],
+    "without averaging over mirror images": ["--tta=False"],
+    "without label smoothing": ["--label_smoothing=0"],
+    "weight decay 1e-3": ["--weight_decay=1e-3"],
+    "cutout of 8 pixels": ["--cutout=True", "--cutout_length=8"],
+    "drop path 0.1": ["--drop_path_prob=0.1"],
+    "moving average of the weights, 0.99": ["--ema_decay=0.99"],
+    "40 epochs": ["--epochs=40"],
 }
 # Searches
 REMEDIES: dict[str, list[str]] = {
     "as it is": [],
+    "the likeliest child": ["--select=0"],
+    "alpha frozen: random search with shared weights": ["--warmup_epochs=19"],
+    "straight-through": ["--sampler=straight_through"],
+    "truncated, 12 epochs": ["--sampler=truncated", "--epochs=12", "--warmup_epochs=3"],
+    "SNAS as published: concrete, 12 epochs, the likeliest child": [
+        *("--sampler=concrete", "--epochs=12", "--warmup_epochs=0", "--select=0"),
+    ],
 }
 
 
@@ -124,7 +138,8 @@ def _remedies(opt: EvidenceOptions) -> dict[str, Any] | None:
         gap = comparison.difference([run["acc"] for run in its["found"]], [run["acc"] for run in cells])
         minutes, free = (statistics.mean(run[key] for run in its["searches"]) for key in ("minutes", "free"))
         own = statistics.mean(a["acc"] - b["acc"] for a, b in zip(its["found"], its["random"], strict=True))
-        words = f"{gap['difference']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})"
+        interval = "one run" if gap["low"] is None else f"{gap['low']:+.2f} to {gap['high']:+.2f}"
+        words = f"{gap['difference']:+.2f} ({interval})"
         rows.append([name, opt.tries, *_spread(its["found"]), words, f"{own:+.2f}", f"{free:.0f} %", f"{minutes:.1f}"])
     head = ["search", "n", "accuracy, mean", "sd", "parameters", "against all random cells (95 %)"]
     head += ["against those of its sizes", "free", "minutes of search"]
@@ -181,7 +196,7 @@ def _picture(opt: EvidenceOptions, name: str) -> Path:
 def _gap(opt: EvidenceOptions) -> dict[str, Any] | None:
     """The child with the supernet's weights against the sampled supernet, an epoch at a time, by sampler."""
     samplers = ("concrete", "straight_through", "dsnas", "softmax")
-    more = ["--select=0", "--warmup_epochs=0"]
+    more = ["--select=0", "--warmup_epochs=0", "--epochs=10"]
     rounds = [
         [study.search(opt, "tuning", f"gap_{name}", seed, [*more, f"--sampler={name}"])]
         for seed in range(opt.tries)

@@ -184,7 +184,14 @@ def pack(folder: Path) -> Path:
     return folder
 
 
-def test_every_stage_of_the_study_writes_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+STAGES = ("compare", "recipe", "remedies", "gap", "ranking")
+
+
+def test_every_stage_of_the_study_writes_its_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "RECIPE", {"as it is": [], "drop path": ["--drop_path_prob=0.1"]})
+    monkeypatch.setattr(evidence, "REMEDIES", {"as it is": [], "frozen": ["--sampler=straight_through"]})
     small = ["--init_channels=4", "--epochs=2", "--batch_size=8", "--crop_padding=1", "--device=cpu"]
     select = ["--warmup_epochs=1", "--select=3", "--finalists=1", "--finalist_epochs=1"]
     given = [
@@ -201,7 +208,7 @@ def test_every_stage_of_the_study_writes_its_part(tmp_path: Path, capsys: pytest
     assert len({*named}) == len(named)  # what is tuned on is not in the comparison
     assert evidence.main([*given, "--stage=compare", "--minutes=1e-9"]) is None
     assert "runs are missing" in capsys.readouterr().out
-    found = {stage: evidence.main([*given, f"--stage={stage}"]) for stage in ("compare", "recipe", "gap", "ranking")}
+    found = {stage: evidence.main([*given, f"--stage={stage}"]) for stage in STAGES}
     page = (tmp_path / "docs" / "evidence.md").read_text()
     for stage, result in found.items():
         assert result is not None and f"<!-- {stage} -->" in page
