@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     found: Rows = {name: {} for name in CONTENDERS if name in opt.contenders}
     seconds: dict[str, list[float]] = {}  # of what ran now, by kind
     start = time.monotonic()
-    late = False
+    late, left_out = False, []
     for number, stage in enumerate(_stages(opt, found)):
         title = f"--- {number + 1} of {len(stages)}: {stage.opt.name}"
         if not stage.done():
@@ -65,19 +65,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 if not str(error).startswith("--match_params"):
                     raise
                 print(f"note: {stage.opt.name} is left out: {error}")
+                left_out.append(stage.opt.name)
                 continue
             seconds.setdefault(stage.kind, []).append(time.monotonic() - began)
         if stage.kind != "search":
             found[stage.kind][stage.seed] = _figures(stage, opt)
     if late:
         print(f"note: --minutes {opt.minutes:g} are over; the same command goes on with what is left")
-    rows = {name: [*its.values()] for name, its in found.items()}
+    for stage in _stages(opt, found):  # of other processes, which ended while this one ran
+        if stage.kind != "search" and stage.seed not in found[stage.kind] and stage.done():
+            found[stage.kind][stage.seed] = _figures(stage, opt)
+    rows = {name: [its[seed] for seed in sorted(its)] for name, its in found.items()}
+    lacking = sum(opt.n - len(its) for its in rows.values()) - len(left_out)
+    if lacking:
+        print(f"note: {lacking} trainings of {opt.n * len(rows)} are not done yet")
     rows = {name: its for name, its in rows.items() if its}
     if "found" not in rows or len(rows) < 2:
         raise Unfinished("not every contender has been trained yet; give more --minutes")
     gaps = comparison.compare(rows)
-    more = {"differences": gaps, "against_best_of": comparison.against_best_of(rows), "over_groups": _groups(opt, rows)}
+    groups = _groups(opt, rows)
+    more: dict[str, Any] = {
+        "differences": gaps,
+        "against_best_of": comparison.against_best_of(rows),
+        "over_groups": groups,
+    }
+    more["left_out"] = left_out
     text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps)}"
+    if groups:
+        text += f"\n\n{comparison.verdict_over_groups(groups)}"
     result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
     utils.write_atomic(folder / "comparison.json", json.dumps(result | more, indent=1) + "\n")
     utils.write_atomic(folder / "comparison.md", text + "\n")
@@ -162,6 +177,9 @@ def _groups(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> dict[
     files = {
         name: [base / f"{opt.name}_{name}_{row['seed']}" / "guesses.csv" for row in its] for name, its in rows.items()
     }
+    if not all(path.exists() for its in files.values() for path in its):
+        print("note: trainings of an earlier version have no guesses.csv: no intervals over groups")
+        return {}
     return {
         name: comparison.over_groups(files["found"], its, pattern) for name, its in files.items() if name != "found"
     }

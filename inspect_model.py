@@ -81,13 +81,16 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     alphas = [state["alpha_normal"], state["alpha_reduce"]]
     genotype = genotypes.derive(alphas[0], alphas[1], run.space, "top2" if opt.rule == "top2" else "argmax")
     chosen = opt.rule == "search" and run.select > 0 and content["epoch"] == run.epochs
-    if chosen and (folder / "genotype.json").is_file():
+    if chosen and not (folder / "genotype.json").is_file():
+        print("note: --select was interrupted, here is the likeliest child; --resume True goes on")
+        chosen = False
+    if chosen:
         genotype = genotypes.Genotype.from_json((folder / "genotype.json").read_text(encoding="utf-8"))
     info = DataInfo(**content["data"])
     deployed = Deployed.planned(info, run)
     costs = deployed.price(genotype)
     _report(content, run, alphas, genotype, chosen)
-    _report_costs(deployed, costs, content["metrics"])
+    _report_costs(deployed, costs, content["metrics"], chosen)
     files: list[Path] = []
     if opt.out is not None:
         utils.write_atomic(Path(opt.out), genotype.to_json() + "\n")
@@ -146,7 +149,7 @@ def _report(
             print(f"  {kind:6s} node {index}: {edges}")
 
 
-def _report_costs(deployed: "Deployed", costs: dict[str, int], row: dict[str, Any]) -> None:
+def _report_costs(deployed: "Deployed", costs: dict[str, int], row: dict[str, Any], chosen: bool) -> None:
     from resources import cost
 
     height, width = deployed.image_size
@@ -160,7 +163,8 @@ def _report_costs(deployed: "Deployed", costs: dict[str, int], row: dict[str, An
         budget = row.get(f"budget_{measure}")
         within = f", budget {cost.show(budget)}" if budget else ""
         print(
-            f"resources   {measure} of the child as deployed {cost.show(row[f'child_{measure}'])}, expected "
+            f"resources   {measure} of {'the likeliest' if chosen else 'the'} child as deployed "
+            f"{cost.show(row[f'child_{measure}'])}, expected "
             f"{cost.show(row[f'cost_{measure}'])}{within}; eta {row[f'eta_{measure}']:.4f}"
         )
 

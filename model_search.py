@@ -156,13 +156,9 @@ class Network(nn.Module):
         self._check(z)
         before = last = self.stem(images.contiguous(memory_format=torch.channels_last))
         drop = drop_probability(images, self.drop_path_prob if self.training else 0.0)
-        of_kind = [iter(self._per_cell(rows, kind)) for kind, rows in enumerate(z)]
+        of_kind = [iter(self._per_cell(rows, kind, isinstance(z, Drawn))) for kind, rows in enumerate(z)]
         for cell in self.cells:
-            rows = next(of_kind[cell.plan.reduction])  # (E, O)
-            every = (
-                rows.requires_grad and not isinstance(z, Drawn)
-            ) or rows.is_meta  # meta tensors, used to count flops, have no values
-            active = [[True] * rows.shape[1]] * rows.shape[0] if every else (rows != 0).tolist()
+            rows, active = next(of_kind[cell.plan.reduction])
             if self.recompute and self.training and torch.is_grad_enabled():
                 before, last = last, self._recomputed(cell, before, last, rows, active, drop)
             else:
@@ -197,9 +193,14 @@ class Network(nn.Module):
                     f"Z of the {name} cells has the shape {tuple(rows.shape)}, not {tuple(alpha.shape)}, or that a cell"
                 )
 
-    def _per_cell(self, rows: Tensor, kind: int) -> Sequence[Tensor]:
-        """The Z of each cell of a kind (0 normal, 1 reduce), shared or its own."""
-        return list(rows) if rows.dim() == 3 else [rows] * self.cells_of_kind[kind]
+    def _per_cell(self, rows: Tensor, kind: int, drawn: bool) -> Sequence[tuple[Tensor, Sequence[Sequence[bool]]]]:
+        """The Z (E, O) of each cell of a kind (0 normal, 1 reduce), shared or its own, and which operations run."""
+        cells, (edges, ops) = self.cells_of_kind[kind], rows.shape[-2:]
+        each = list(rows) if rows.dim() == 3 else [rows] * cells
+        if rows.is_meta or (rows.requires_grad and not drawn):  # meta tensors, used to count flops, have no values
+            return [(own, [[True] * ops] * edges) for own in each]
+        active = (rows != 0).tolist()  # waits for the device, once a kind
+        return [*zip(each, active if rows.dim() == 3 else [active] * cells, strict=True)]
 
     def alphas(self) -> list[nn.Parameter]:
         """[alpha_normal, alpha_reduce], each (E, O)."""

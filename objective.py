@@ -28,9 +28,9 @@ class Objective(nn.Module):
     def after_epoch(self, optimizer: Optimizer) -> None:
         """Called after an epoch's training, before its evaluation; may change alpha and what its optimizer keeps."""
 
-    def admits(self, z: Z) -> bool:
-        """Whether the child of a one-hot Z may be a search's result."""
-        return True
+    def price(self, z: Z) -> float:
+        """What the child of a one-hot Z costs beyond its cross-entropy; infinite if it may not be a search's result."""
+        return 0.0
 
     def report(self) -> dict[str, Any]:
         """Its columns of metrics.jsonl, at the end of an epoch."""

@@ -172,11 +172,14 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
 
 def _chosen(run: Run[TrainOptions], learner: Learner) -> genotypes.Genotype:
     """The child that --select takes; selection.json says what was looked at."""
+    path, opt = run.folder / "selection.json", run.opt
+    if run.started == opt.epochs and path.exists() and (run.folder / "genotype.json").exists():
+        return genotypes.Genotype.from_json((run.folder / "genotype.json").read_text(encoding="utf-8"))
     start = time.perf_counter()
-    candidates = selection.select(run, learner.network, learner.objective.admits)
+    candidates = selection.select(run, learner.network, learner.objective.price)
     seconds = time.perf_counter() - start
     record = {"seconds": seconds, "children": [candidate.to_dict() for candidate in candidates]}
-    utils.write_atomic(run.folder / "selection.json", json.dumps(record, indent=1) + "\n")
+    utils.write_atomic(path, json.dumps(record, indent=1) + "\n")
     print(selection.in_words(candidates))
     return candidates[0].genotype if candidates else learner.network.genotype()
 
@@ -205,7 +208,11 @@ def _train_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[s
     row = {"temperature": temperature(opt, epoch, last), "learning_rate": learner.scheduler.get_last_lr()[0]}
     train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
     calibrating = min(train, opt.calibration_batches * opt.eval_batch_size)
-    row |= loop.train_epoch(run, epoch, step, 1.2 * (calibrating + valid))  # the child's is a small part of it
+    forward = 1.2 * (calibrating + valid)  # the child's is a small part of it
+    if opt.select:  # a share of what follows the last epoch, each image of a child trained as dear as three forward
+        after = opt.select * (calibrating + valid) + 3 * min(opt.select, opt.finalists) * opt.finalist_epochs * train
+        forward += (1.0 if opt.sampler in sampling.ONE_HOT else 0.2) * after / opt.epochs
+    row |= loop.train_epoch(run, epoch, step, forward)
     learner.scheduler.step()
     return row
 

@@ -116,7 +116,8 @@ def _compared(opt: EvidenceOptions, split: str, name: str, n: int, more: Sequenc
         result = compare.main([*argv, *more])
     except compare.Unfinished:
         return None
-    whole = all(len(result["runs"].get(name, [])) == n for name in result["setting"]["contenders"])
+    names, runs, left_out = result["setting"]["contenders"], result["runs"], result["left_out"]
+    whole = sum(len(runs.get(name, [])) for name in names) + len(left_out) == n * len(names)
     return result if whole else None
 
 

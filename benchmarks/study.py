@@ -113,13 +113,13 @@ def _common(opt: EvidenceOptions, split: str, name: str, seed: int) -> list[str]
 
 def search(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:
     """A search with the preset of the study and more options."""
-    argv = [f"--config={SEARCH}", *_common(opt, split, name, seed), *more, *opt.search_options]
+    argv = [f"--config={SEARCH}", *_common(opt, split, name, seed), *opt.search_options, *more]
     return Job(plain_search, TrainOptions, argv, "genotype.json")
 
 
 def train(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:
     """A training with the recipe of the study and more options."""
-    argv = [f"--config={TRAIN}", *_common(opt, split, name, seed), *more, *opt.retrain_options]
+    argv = [f"--config={TRAIN}", *_common(opt, split, name, seed), *opt.retrain_options, *more]
     return Job(retrain, ChildOptions, argv, "test.json")
 
 

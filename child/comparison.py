@@ -47,6 +47,9 @@ def compare(rows: Rows) -> dict[str, Gap]:
     return {name: difference(found, accuracies) for name, accuracies in others.items()}
 
 
+_ENOUGH = 10  # runs of each side for an interval by bootstrap
+
+
 def best_of(valid: Sequence[float], acc: Sequence[float], k: int) -> float:
     """The test accuracy to expect of the best of k cells: drawn without replacement, the best on validation images.
 
@@ -60,14 +63,14 @@ def best_of(valid: Sequence[float], acc: Sequence[float], k: int) -> float:
 def against_best_of(rows: Rows, draws: int = 4000) -> dict[str, Any] | None:
     """The found cells against the best of as many random ones as are trained in the time of a search and its training.
 
-    That number is `k`, at most all there are; the interval is that of a bootstrap over both. None where a random cell
-    has no validation accuracy or its training takes longer.
+    That number is `in_time`, and `k` is that or all there are; the interval is that of a bootstrap over both, if they
+    are many. None where a random cell has no validation accuracy or its training takes longer.
     """
     found, random = rows.get("found", []), rows.get("random", [])
     if len(found) < 2 or len(random) < 2 or any(row.get("valid_acc") is None for row in random):
         return None
-    k = int(statistics.median(r["minutes"] for r in found) / statistics.median(r["minutes"] for r in random))
-    k = min(k, len(random))
+    in_time = int(statistics.median(r["minutes"] for r in found) / statistics.median(r["minutes"] for r in random))
+    k = min(in_time, len(random))
     if k < 2:
         return None
     rng = np.random.default_rng(0)
@@ -78,9 +81,18 @@ def against_best_of(rows: Rows, draws: int = 4000) -> dict[str, Any] | None:
         return statistics.mean(found[i]["acc"] for i in first) - best
 
     sizes = len(found), len(random)
+    result = {
+        "k": k,
+        "in_time": in_time,
+        "difference": gap(range(sizes[0]), range(sizes[1])),
+        "low": None,
+        "high": None,
+    }
+    if min(sizes) < _ENOUGH or k > len(random) / 4:
+        return result  # a bootstrap over few runs is far too sure
     samples = [gap(*(rng.integers(0, size, size).tolist() for size in sizes)) for _ in range(draws)]
     low, high = np.quantile(samples, [0.025, 0.975]).tolist()
-    return {"k": k, "difference": gap(range(sizes[0]), range(sizes[1])), "low": low, "high": high}
+    return result | {"low": low, "high": high}
 
 
 def _shown(points: float, low: float, high: float) -> str:
@@ -139,8 +151,18 @@ def over_groups(
     }
 
 
+def verdict_over_groups(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """What the found cells gained or lost on groups that nobody saw, for people."""
+    parts = []
+    for name, gaps in groups.items():
+        acc, balanced = (f"{gap['difference']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})" for gap in gaps.values())
+        parts.append(f"{acc} points of accuracy and {balanced} of balanced accuracy against a {NAMES[name]}")
+    count = next(iter(next(iter(groups.values())).values()))["groups"]
+    return f"Over the {count} groups of the test images (intervals over groups and runs): {'; '.join(parts)}."
+
+
 def _guesses(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -163,10 +185,12 @@ def verdict(rows: Rows, gaps: Mapping[str, Gap]) -> str:
     best = against_best_of(rows)
     if best is not None:
         points = best["difference"]
-        words = f"{abs(points):.1f} points ({_shown(points, best['low'], best['high'])})"
+        few = best["low"] is None
+        words = f"({'too few runs for an interval' if few else _shown(points, best['low'], best['high'])})"
+        time = "in the same time" if best["k"] == best["in_time"] else f"where {best['in_time']} take the same time"
         parts.append(
-            f"{'gained' if points >= 0 else 'lost'} {words} against the best of {best['k']} random cells, "
-            "trained in the same time and chosen on validation images"
+            f"{'gained' if points >= 0 else 'lost'} {abs(points):.1f} points {words} against the best of {best['k']} "
+            f"random cells, trained {time} and chosen on validation images"
         )
     return f"The search {'; '.join(parts)}."
 

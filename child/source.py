@@ -169,14 +169,16 @@ def _random_genotype(opt: ChildOptions, info: DataInfo) -> Genotype:
     for _ in range(_TRIES):
         genotype = genotypes.random_genotype(opt.space, source)
         price = deployed.price(genotype)
-        seen.append(price["params"])
+        seen.append(price)
         alike = abs(price["params"] - opt.match_params) <= 0.05 * opt.match_params
         if alike and (flops is None or abs(passes(opt) * price["flops"] - flops) <= 0.1 * flops):
             return genotype
+    ranges = {key: (min(one[key] for one in seen), max(one[key] for one in seen)) for key in ("params", "flops")}
     more = "" if flops is None else f", --match_flops {flops}"
     raise UserError(
         f"--match_params {opt.match_params}{more}: of {len(seen)} random genotypes of this size none came near enough; "
-        f"they have {min(seen):,} to {max(seen):,} parameters"
+        f"they have {ranges['params'][0]:,} to {ranges['params'][1]:,} parameters and "
+        f"{passes(opt) * ranges['flops'][0]:,} to {passes(opt) * ranges['flops'][1]:,} multiply-adds"
     )
 
 

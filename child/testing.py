@@ -81,7 +81,7 @@ def test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None, 
 def write_guesses(path: Path, names: Sequence[str], classes: Sequence[str], logits: Tensor, labels: Tensor) -> None:
     """A table of the images: name, class, guess, and the probability that was given to the guess."""
     probability, guess = logits.double().softmax(1).max(1)  # (N,)
-    with utils.replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
+    with utils.replacing(path) as new, new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "class", "guess", "probability"])
         for name, label, best, share in zip(names, labels.tolist(), guess.tolist(), probability.tolist(), strict=True):

@@ -20,7 +20,8 @@ class ChildOptions(RunOptions):
     """An experiment, a genotype.json, a search's checkpoint, a file with a cell as DARTS prints it, a published name
     (SNAS_mild, DARTS_V2, ...), or random:SEED."""
     genotype_epoch: PositiveInt | None = None
-    """With an experiment, the cell of that epoch's checkpoint instead of the last; inspect_model.py shows it."""
+    """With an experiment, the likeliest cell of that epoch's checkpoint instead of what the search took at the end;
+    inspect_model.py --rule argmax shows it."""
     network: Literal["cells", "plain", "resnet"] = "cells"
     """Cells of --genotype; or, to compare with them, a plain CNN or a small residual network of --init_channels, on the
     split of --genotype's search, without auxiliary head and drop path."""

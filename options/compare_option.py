@@ -12,7 +12,7 @@ CONTENDERS = ("found", "random", "plain", "resnet", "long")
 # options of which every run has its own, or all have the same
 OWN = {
     *("name", "seed", "split", "dataset", "experiments_dir", "visualizations_dir", "resume", "config", "eval_only"),
-    *("test_folder", "genotype", "genotype_epoch", "network", "match_params", "init_from"),
+    *("test_folder", "genotype", "genotype_epoch", "network", "match_params", "match_flops", "init_from"),
 }
 
 
@@ -61,6 +61,10 @@ class CompareOptions:
         part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.part)
         if not part or int(part[1]) > int(part[2]):
             raise UserError(f"--part {self.part} is none of 1/2, 2/2, 1/3, ...")
+        if int(part[1]) > self.n:
+            raise UserError(f"--part {self.part} has none of the {self.n} seeds of --n")
+        if self.split is not None and not Path(self.split).is_file():
+            raise UserError(f"--split {self.split}: no such file; give a split.json, or nothing for the first search's")
         if part[2] != "1" and self.split is None:
             raise UserError(f"--part {self.part} needs a --split, or every part would draw its own")
         for given in (*self.search_options, *self.retrain_options):

@@ -73,6 +73,14 @@ class ConstraintOptions(DeployedOptions, TrainOptions):
     def check(self) -> None:
         DeployedOptions.check(self)
         TrainOptions.check(self)
+        if (self.sampler, self.estimator) in (
+            ("softmax", "policy_gradient"),
+            ("straight_through", "reparametrization"),
+        ):
+            raise UserError(
+                f"--estimator {self.estimator} needs the draws of another --sampler than {self.sampler}; "
+                "--estimator expectation goes with all"
+            )
         if self.child_stem == "imagenet" and (self.child_init_channels or self.init_channels) < 2:
             raise UserError("--child_stem imagenet begins with half of the channels, take --child_init_channels 2")
         if self.level != "none" and self.measure in self.targets():

@@ -171,6 +171,10 @@ class TrainOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
+        if self.compile and self.sampler in ("truncated", "straight_through", "dsnas"):
+            raise UserError(f"--compile True compiles every draw of --sampler {self.sampler} anew; leave it out")
+        if self.select == 1:
+            raise UserError("--select 1 is the likeliest child alone; give 0, or how many to choose from")
         if self.warmup_epochs >= self.epochs:
             raise UserError(f"--warmup_epochs {self.warmup_epochs} leaves alpha none of the --epochs {self.epochs}")
         if self.nodes > 64:

@@ -145,10 +145,7 @@ class Constrained(Objective):
         loss, terms = super().forward(logits, targets, z)
         for index, priced in enumerate(self.priced):
             if priced:
-                table = self.table(index)
-                penalty = (self.estimate(table, self.alphas(), z) - table.fixed) / table.uniform()
-                price = self.eta[index] * (torch.log2(1 + penalty) if self.logarithmic else penalty)
-                loss = loss + price
+                loss = loss + self._priced(index, self.estimate(self.table(index), self.alphas(), z))
         return loss, terms
 
     @torch.no_grad()
@@ -172,9 +169,23 @@ class Constrained(Objective):
             project(self.alphas(), bounds, USE, optimizer)
 
     @torch.no_grad()
-    def admits(self, z: Z) -> bool:
-        """Whether the child of a one-hot Z is within all budgets."""
-        return bool((self.fixed + (rows(z) * self.costs).sum((1, 2)) <= self.budgets).all())
+    def price(self, z: Z) -> float:
+        """Of the child of a one-hot Z: the penalties of fixed eta; infinite beyond a budget."""
+        total = 0.0
+        for index, bounded in enumerate(self.bounded):
+            table = self.table(index)
+            cost = reparametrization(table, self.alphas(), z)
+            if bounded and cost > self.budgets[index]:
+                return inf
+            if not bounded:
+                total += self._priced(index, cost).item()
+        return total
+
+    def _priced(self, index: int, cost: Tensor) -> Tensor:
+        """eta times the penalty of a cost, of a measure."""
+        table = self.table(index)
+        penalty = (cost - table.fixed) / table.uniform()
+        return self.eta[index] * (torch.log2(1 + penalty) if self.logarithmic else penalty)
 
     @torch.no_grad()
     def report(self) -> dict[str, Any]:

@@ -119,6 +119,9 @@ def test_random_cells_are_of_the_space_that_is_searched(given: list[str], tmp_pa
         "--contenders=[found,long]",
         "--part=2/1",
         "--part=1/2",
+        "--part=4/4",
+        "--split=new",
+        "--split=nope.json",
         "--search_config=nope.yaml",
     ],
 )
@@ -217,7 +220,17 @@ def test_the_best_of_random_cells_has_the_time_of_a_search_with_its_training() -
     best = comparison.against_best_of(of)
     assert best is not None and best["k"] == 3
     assert best["difference"] == pytest.approx(93 - (3 * 92 + 91) / 4)  # 3 of the 4 draws of 3 hold the best
-    assert best["low"] < best["difference"] < best["high"]
+    assert best["low"] is None  # too few for a bootstrap
+    rng = np.random.default_rng(0)
+    many = comparison.against_best_of(
+        {"found": rows(rng.normal(92, 1, 12).tolist(), 7.0), "random": rows(rng.normal(90, 1, 12).tolist(), 2.0)}
+    )
+    assert many is not None and many["low"] < many["difference"] < many["high"]
+    few = comparison.against_best_of({**of, "random": of["random"][:2]})
+    assert few is not None and few["k"] == 2 and few["in_time"] == 3
+    assert "best of 2 random cells, trained where 3 take the same time" in comparison.verdict(
+        {**of, "random": of["random"][:2]}, {}
+    )
     assert "against the best of 3 random cells" in comparison.verdict(of, comparison.compare(of))
     assert comparison.against_best_of({**of, "random": [{**row, "valid_acc": None} for row in of["random"]]}) is None
     assert comparison.against_best_of({**of, "random": rows([90.0, 91.0], 5.0)}) is None  # there is time for one only

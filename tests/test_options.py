@@ -73,6 +73,8 @@ def test_saved_options_are_read_back(tmp_path: Path) -> None:
         (["--batch_size=1"], "--batch_size 1"),
         (["--name=a/b"], "--name"),
         (["--name=.."], "--name"),
+        (["--select=1"], "--select 1"),
+        (["--sampler=dsnas", "--compile=True"], "--compile True"),
         (["--min_temp=2"], "--min_temp"),
         (["--learning_rate_min=2"], "--learning_rate_min"),
         (["--group_pattern=("], "--group_pattern"),
@@ -130,6 +132,7 @@ def test_defaults_of_the_child_are_those_of_the_paper() -> None:
     [
         (["--genotype=random:x"], "random:3"),
         (["--match_params=9"], "--genotype random"),
+        (["--genotype=random:1", "--match_flops=9"], "--match_flops"),
         (["--layers=2"], "--layers 2"),
     ],
 )

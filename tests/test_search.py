@@ -77,6 +77,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(arguments: li
         ["--drop_path_prob=0.3", "--resample_cell=True", "--balance=True", "--cutout=True"],
         ["--sampler=dsnas", "--select=6", "--finalists=2", "--finalist_epochs=1"],
         ["--sampler=straight_through", "--warmup_epochs=1"],
+        ["--sampler=truncated", "--drop_path_prob=0.3", "--recompute=True"],
     ],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(

@@ -5,6 +5,7 @@ Random search with shared weights (Li & Talwalkar 2019, arXiv 1902.07638, sectio
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -55,42 +56,49 @@ def evaluate_z(network: Network, z: Z, autocast: torch.autocast, calibration: Ba
         return evaluation.evaluate(forward, batches)
 
 
-def select(run: Run[TrainOptions], network: Network, admits: Callable[[Z], bool]) -> list[Candidate]:
-    """The children that were looked at, the one to keep first.
+def select(run: Run[TrainOptions], network: Network, price: Callable[[Z], float]) -> list[Candidate]:
+    """The children that were looked at, the one to keep first; those whose loss is no number are left out.
 
     Args:
         run: of a search that has ended; its options say how many.
         network: the supernet; stays as it is.
-        admits: whether a one-hot Z may be the result.
+        price: what a one-hot Z costs beyond its loss, see Objective.price.
     """
     opt = run.opt
-    drawn = [*draw(network, opt.select, run.generator("select"), admits)]
-    ranked = []
-    for genotype in tqdm(drawn, "children", unit="child", leave=False, disable=None):
-        ranked.append(Candidate(genotype, figures_of(run, network, genotype)))
-    ranked.sort(key=lambda candidate: candidate.shared.loss)
+    drawn = [*draw(network, opt.select, run.generator("select"), price)]
+    trained = min(opt.finalists, len(drawn))
+    more = f", {trained} of them trained for {opt.finalist_epochs} epochs" if trained else ""
+    print(f"select   {len(drawn)} children of p_alpha on validation images{more}", flush=True)
+
+    def dear(genotype: Genotype, figures: Figures) -> float:
+        return figures.loss + price(network.one_hot(genotype))
+
+    bar = tqdm(drawn, "children", unit="child", leave=False, disable=None)
+    every = [Candidate(genotype, figures_of(run, network, genotype)) for genotype in bar]
+    ranked = [candidate for candidate in every if math.isfinite(candidate.shared.loss)]
+    ranked.sort(key=lambda candidate: dear(candidate.genotype, candidate.shared))
     finalists = []
-    for number, candidate in enumerate(ranked[: opt.finalists]):
-        title = f"finalist {number + 1}/{min(opt.finalists, len(ranked))}"
-        finalists.append(candidate._replace(trained=_trained(run, network, candidate.genotype, title)))
-    finalists.sort(key=lambda candidate: candidate.trained.loss if candidate.trained else 0.0)
-    return finalists + ranked[len(finalists) :]
+    for number, candidate in enumerate(ranked[:trained]):
+        figures = _trained(run, network, candidate.genotype, f"finalist {number + 1}/{trained}")
+        if math.isfinite(figures.loss):
+            finalists.append((dear(candidate.genotype, figures), number, candidate._replace(trained=figures)))
+    return [candidate for _, _, candidate in sorted(finalists, key=lambda one: one[:2])] + ranked[trained:]
 
 
-def draw(network: Network, count: int, generator: torch.Generator, admits: Callable[[Z], bool]) -> Iterator[Genotype]:
+def draw(network: Network, count: int, generator: torch.Generator, price: Callable[[Z], float]) -> Iterator[Genotype]:
     """The child (argmax) and others from p_alpha, all different: `count`, fewer where p_alpha hardly has more.
 
     Args:
         network: the supernet. count: how many are wanted.
         generator: source of the draws, on alpha's device.
-        admits: whether a one-hot Z may be the result.
+        price: of a one-hot Z; one with an infinite price is not taken.
     """
     seen: set[Genotype] = set()
     found = 0
     for number in range(_DRAWS * count):
         z = network.one_hot(network.genotype()) if number == 0 else network.sample(1.0, generator, sampler="dsnas")
         genotype = derive(z.normal, z.reduce, network.space)
-        if genotype not in seen and sees_images(genotype, len(network.cells)) and admits(z.detach()):
+        if genotype not in seen and sees_images(genotype, len(network.cells)) and price(z.detach()) < math.inf:
             yield genotype
             found += 1
         seen.add(genotype)
@@ -124,11 +132,9 @@ def _trained(run: Run[TrainOptions], network: Network, genotype: Genotype, title
 
 
 def in_words(candidates: list[Candidate]) -> str:
-    """What was looked at, for people."""
-    best, trained = candidates[0], [c for c in candidates if c.trained]
-    text = (
-        f"select   {len(candidates)} children of p_alpha, validation accuracy {best.shared.acc:.2f} % of the one taken"
-    )
-    if best.trained:
-        text += f", {best.trained.acc:.2f} % after its own training ({len(trained)} were trained)"
-    return text
+    """What was taken, for people."""
+    if not candidates:
+        return "warning: none of them can be taken, so that the likeliest is; search longer, or take a larger budget"
+    best = candidates[0]
+    text = f"taken    one with a validation accuracy of {best.shared.acc:.2f} %"
+    return text + (f", {best.trained.acc:.2f} % after its own training" if best.trained else "")
