@@ -1,4 +1,4 @@
-"""Is a search worth it on these images? The found cell against random cells, a plain CNN and a small ResNet.
+"""Is a search worth it on these images? The found cell against random ones, a plain CNN, also as long, and a ResNet.
 
 Everything is trained with one recipe on one split and tested once; interrupted, the same command goes on.
 """
