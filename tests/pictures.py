@@ -1,9 +1,12 @@
-"""Folders of small images."""
+"""Folders of small images, and what is read of them."""
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from loading import folders, images
 
 
 def write_images(
@@ -19,3 +22,23 @@ def write_images(
             pixels = rng.integers(0, 60, shape) + label * 180 // max(1, classes - 1)
             Image.fromarray(pixels.astype(np.uint8), mode).save(folder / f"{number // 4}_{number}.png")
     return root
+
+
+def folder_of(root: Path, files: dict[str, Image.Image]) -> folders.ImageFolder:
+    """A class for every image, by its file name."""
+    for label, (name, image) in enumerate(files.items()):
+        (root / f"c{label}").mkdir(parents=True, exist_ok=True)
+        image.save(root / f"c{label}" / name)
+    return folders.scan(root)
+
+
+def decode(
+    folder: folders.ImageFolder, size: int | None = None, ram: float = 1.0, cache: Path = Path("/nowhere")
+) -> torch.Tensor:
+    """The pixels, as a run has them."""
+    return images.decode(folder, (size, size) if size else None, ram, str(cache)).pixels
+
+
+def ramp(top: int, dtype: type = np.uint8) -> np.ndarray:
+    """Sixteen values from 0 to `top`."""
+    return np.linspace(0, top, 16).reshape(4, 4).astype(dtype)
