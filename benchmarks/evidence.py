@@ -257,7 +257,7 @@ def _ranking(opt: EvidenceOptions) -> dict[str, Any] | None:
     for number in range(opt.tries):
         folder = Path(opt.experiments_dir) / f"evidence_compare_search_{number}"
         newest = checkpoint.newest(folder, "weights")
-        if newest is None or len(cells) < 3:
+        if newest is None or len(cells) < 2:
             raise UserError("the ranking needs the searches and random cells of --stage compare")
         content = checkpoint.load(newest)
         search = options.restore(TrainOptions, content["options"])
