@@ -16,6 +16,7 @@ from options.child_option import ChildOptions
 from options.compare_option import CONTENDERS, CompareOptions
 from options.default_option import TrainOptions
 
+_PEERS = 1_000_000  # their seeds are not those of the other random cells
 Rows = dict[str, dict[int, dict[str, Any]]]  # of each contender its figures by seed
 
 
@@ -119,7 +120,7 @@ def _stages(opt: CompareOptions, rows: Rows) -> Iterator[Stage]:
         given = [f"--config={opt.search_config}", *opt.search_options, *common, f"--name={name}", f"--seed={seed}"]
         split = [drawn] if seed or opt.split else []
         search = options.parse(TrainOptions, [*given, *split], "compare.py: search_options", "")
-        if search.nodes != 4 and "random" in opt.contenders:
+        if search.nodes != 4 and {"random", "peer"} & {*opt.contenders}:
             raise UserError("random cells have 4 nodes, a search with --nodes cannot be compared with them")
         yield Stage("search", seed, search)
         for kind in (contender for contender in CONTENDERS if contender in opt.contenders):
@@ -131,9 +132,10 @@ def _stages(opt: CompareOptions, rows: Rows) -> Iterator[Stage]:
             given += [f"--name={opt.name}_{kind}_{seed}", f"--seed={seed}"]
             if kind == "found":
                 given += [f"--genotype={name}"]
-            elif kind == "random":
-                given += [f"--genotype=random:{seed}", f"--space={search.space}", *size]
-                given += [f"--match_flops={found['flops'] if found else 1}"] if opt.match_flops else []
+            elif kind in ("random", "peer"):
+                drawn_from = seed if kind == "random" else _PEERS + seed
+                given += [f"--genotype=random:{drawn_from}", f"--space={search.space}", *size]
+                given += [f"--match_flops={found['flops'] if found else 1}"] if kind == "peer" else []
             else:
                 given += [f"--network={'plain' if kind == 'long' else kind}", f"--genotype={name}", *size]
             if kind == "long" and found:

@@ -12,9 +12,9 @@ the first 25,000 training images, and its test images are the data set's own 10,
 25,000, and 10,000 of the rest to be judged on. Of each 5,000, 4,000 are trained on and 1,000 validate, for all alike.
 
 The comparison, fixed before its first run: N = 20 searches, seeds 0 to 19; of each the found cell, a random cell with
-its parameters (5 %) and multiply-adds (10 %), a plain CNN and a ResNet with its parameters; one recipe, one training
-each. The unit is the search. Primary: found less random, Welch's interval; further: permutation p, the percentile of
-the median found cell among the random ones, the best of k random cells in equal time.
+its parameters (5 %), one with its multiply-adds (10 %) too, a plain CNN and a ResNet with its parameters; one recipe,
+one training each. The unit is the search. Primary: found less random, Welch's interval; further: permutation p, the
+percentile of the median found cell among the random ones, the best of k random cells in equal time.
 """
 
 import json
@@ -108,7 +108,7 @@ def _compared(opt: EvidenceOptions, split: str, name: str, n: int, more: Sequenc
     """The result of compare.py with the presets of the study, once it is complete."""
     data = f"--data_dir={opt.data_dir}"
     argv = ["--dataset=fashion_mnist", f"--name=evidence_{name}", f"--n={n}", f"--split={study.split_file(opt, split)}"]
-    argv += [f"--search_config={SEARCH}", f"--retrain_config={TRAIN}", "--match_flops=True", f"--part={opt.part}"]
+    argv += [f"--search_config={SEARCH}", f"--retrain_config={TRAIN}", f"--part={opt.part}"]
     argv += [f"--retrain_options={json.dumps([data, *opt.retrain_options])}"]
     argv += [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
     argv += [f"--minutes={opt.minutes}"] if opt.minutes else []
@@ -157,7 +157,7 @@ def _spread(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
 def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
     """The comparison of compare.py, and the rest of the analysis."""
     of_search = json.dumps([f"--data_dir={opt.data_dir}", *opt.search_options])
-    contenders = "--contenders=[found,random,plain,resnet]"
+    contenders = "--contenders=[found,random,peer,plain,resnet]"
     result = _compared(opt, "study", "compare", opt.n, [contenders, f"--search_options={of_search}"])
     if result is None:
         return None

@@ -15,6 +15,7 @@ from loading import splits
 NAMES = {
     "found": "found cell",
     "random": "random cell",
+    "peer": "random cell with its multiply-adds",
     "plain": "plain CNN",
     "resnet": "small ResNet",
     "long": "plain CNN trained as long",

@@ -8,7 +8,7 @@ from jsonargparse.typing import PositiveFloat
 
 from options import PositiveInt, UserError, check_name
 
-CONTENDERS = ("found", "random", "plain", "resnet", "long")
+CONTENDERS = ("found", "random", "peer", "plain", "resnet", "long")
 # options of which every run has its own, or all have the same
 OWN = {
     *("name", "seed", "split", "dataset", "experiments_dir", "visualizations_dir", "resume", "config", "eval_only"),
@@ -28,11 +28,10 @@ class CompareOptions:
     """Independent searches, and trainings of every contender; finished ones are not repeated."""
     minutes: PositiveFloat | None = None
     """No further training begins after so many minutes; what is finished is compared, and the next call goes on."""
-    contenders: list[str] = field(default_factory=lambda: list(CONTENDERS))
+    contenders: list[str] = field(default_factory=lambda: [name for name in CONTENDERS if name != "peer"])
     """Of these: the found cell, a random one, a plain CNN, a small ResNet, all for the same epochs, and long, a plain
-    CNN trained for as many minutes as the found cell; the others with about the parameters of the found one."""
-    match_flops: bool = False
-    """Random cells with about the multiply-adds of the found one too."""
+    CNN trained for as many minutes as the found cell; all with about its parameters. And peer, a random cell with about
+    its multiply-adds too."""
     split: str | None = None
     """A split.json for all runs; without it, that of the first search."""
     part: str = "1/1"

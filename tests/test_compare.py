@@ -33,9 +33,9 @@ def test_contenders_are_trained_alike_on_one_split_and_compared(
     result = compare.main(given)
     printed, experiments = capsys.readouterr().out, tmp_path / "experiments"
     stored = json.loads((experiments / "compare" / "comparison.json").read_text())
-    assert stored == json.loads(json.dumps(result)) and {*stored["runs"]} == {*CONTENDERS}
+    assert stored == json.loads(json.dumps(result)) and {*stored["runs"]} == {*CONTENDERS} - {"peer"}
     splits = [json.loads(path.read_text()) for path in experiments.glob("compare_*/split.json")]
-    assert len(splits) == 2 + len(CONTENDERS) * 2
+    assert len(splits) == 2 + 5 * 2
     for part in ("train", "valid", "test"):
         assert all(split[part] == splits[0][part] for split in splits)
     for name, rows in stored["runs"].items():
@@ -69,14 +69,14 @@ def test_it_stops_in_time_and_goes_on(given: list[str], capsys: pytest.CaptureFi
 
 
 def test_two_processes_share_the_work_of_one_comparison(given: list[str], tmp_path: Path) -> None:
-    given = [*given, "--contenders=[found,random]", "--match_flops=True"]
+    given = [*given, "--contenders=[found,peer]"]
     compare.main([*given, "--n=1"])
     split = shutil.copy(tmp_path / "experiments" / "compare_search_0" / "split.json", tmp_path / "split.json")
     given += [f"--split={split}", "--name=shared"]
     assert [row["seed"] for row in compare.main([*given, "--part=2/2"])["runs"]["found"]] == [1]
     whole = compare.main([*given, "--part=1/2"])["runs"]
     assert [row["seed"] for row in whole["found"]] == [0, 1]
-    for found, random in zip(whole["found"], whole["random"], strict=True):
+    for found, random in zip(whole["found"], whole["peer"], strict=True):
         assert abs(random["flops"] / found["flops"] - 1) <= 0.1 and abs(random["params"] / found["params"] - 1) <= 0.05
 
 
