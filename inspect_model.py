@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
     import genotypes
     import utils
     import visualize
+    from child import cells
     from loading.sets import DataInfo
     from resources.cost import Deployed
     from training import checkpoint
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
         print("note: --select was interrupted, here is the likeliest child; --resume True goes on")
         chosen = False
     if chosen:
-        genotype = genotypes.Genotype.from_json((folder / "genotype.json").read_text(encoding="utf-8"))
+        genotype = cells.read_genotype(folder / "genotype.json")
     info = DataInfo(**content["data"])
     deployed = Deployed.planned(info, run)
     costs = deployed.price(genotype)

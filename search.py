@@ -6,6 +6,7 @@ Xie et al. 2019 (arXiv 1812.09926): minimise E_{Z ~ p_alpha}[L_theta(Z)] over th
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,8 +174,9 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
 def _chosen(run: Run[TrainOptions], learner: Learner) -> genotypes.Genotype:
     """The child that --select takes; selection.json says what was looked at."""
     path, opt = run.folder / "selection.json", run.opt
-    if run.started == opt.epochs and path.exists() and (run.folder / "genotype.json").exists():
-        return genotypes.Genotype.from_json((run.folder / "genotype.json").read_text(encoding="utf-8"))
+    if run.started == opt.epochs and path.exists():
+        with suppress(OSError, ValueError):  # not yet there, or damaged: then it is chosen again
+            return genotypes.Genotype.from_json((run.folder / "genotype.json").read_text(encoding="utf-8"))
     start = time.perf_counter()
     candidates = selection.select(run, learner.network, learner.objective.price)
     seconds = time.perf_counter() - start

@@ -14,6 +14,7 @@ from genotypes import Genotype, derive
 from loading.batches import Data
 from model_search import Network
 from objective import Objective
+from options import UserError
 from options.default_option import TrainOptions
 from resources.cost import Deployed
 from training import checkpoint, selection
@@ -93,6 +94,9 @@ def test_what_is_finished_is_not_chosen_again(arguments: list[str], capsys: pyte
     capsys.readouterr()
     assert main.main([*arguments, *SELECT, "--resume=True"]).genotype == found.genotype
     assert "select   " not in capsys.readouterr().out
+    (found.folder / "genotype.json").write_text("{}")
+    with pytest.raises(UserError, match=r"genotype\.json"):
+        inspect_model.main(["--experiment=run", *(a for a in arguments if "_dir=" in a)])
     (found.folder / "genotype.json").unlink()  # as if it had been interrupted
     assert main.main([*arguments, *SELECT, "--resume=True"]).genotype == found.genotype
     assert "select   " in capsys.readouterr().out
