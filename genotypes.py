@@ -29,7 +29,6 @@ SPACES: dict[str, tuple[str, ...]] = {
         *(NONE, "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7"),
         *("avg_pool_3x3", "max_pool_3x3", "dil_conv_3x3", "conv_7x1_1x7"),
     ),
-    # Full convolutions, which small networks run faster than separable ones of the same parameters.
     "convs": (NONE, "skip_connect", "avg_pool_3x3", "conv_1x1", "conv_3x3", "sep_conv_3x3", "sep_conv_5x5"),
 }
 PRIMITIVES = SPACES["snas"]

@@ -128,7 +128,7 @@ class TrainOptions(RunOptions):
     """A search: the supernet, its sampling, the optimiser of alpha (Adam); theta's is SGD."""
 
     space: Literal["snas", "nasnet", "amoebanet", "convs"] = "snas"
-    """Operation space: the candidate operations of an edge."""
+    """Operation space: the candidate operations of an edge. convs has full and separable convolutions."""
     nodes: PositiveInt = 4
     """Intermediate nodes of a cell."""
     drop_path_prob: HalfOpenUnit = 0.0
