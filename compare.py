@@ -47,18 +47,44 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = Path(opt.experiments_dir) / opt.name
     stages = [*_stages(opt, {})]  # what is wrong with the options is said before the first search, not after it
     utils.writable(folder, "experiments_dir")
+    found, left_out = _train(opt, stages)
+    rows = {name: [its[seed] for seed in sorted(its)] for name, its in found.items()}
+    lacking = sum(opt.n - len(its) for its in rows.values()) - len(left_out)
+    if lacking:
+        print(f"note: {lacking} trainings of {opt.n * len(rows)} are not done yet")
+    rows = {name: its for name, its in rows.items() if its}
+    if "found" not in rows or len(rows) < 2:
+        raise Unfinished("not every contender has been trained yet; give more --minutes")
+    gaps = comparison.compare(rows)
+    groups = _groups(opt, rows)
+    more: dict[str, Any] = {"differences": gaps, "against_best_of": comparison.against_best_of(rows)}
+    more |= {"over_groups": groups, "left_out": left_out}
+    text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps)}"
+    if groups:
+        text += f"\n\n{comparison.verdict_over_groups(groups)}"
+    result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
+    utils.write_atomic(folder / "comparison.json", json.dumps(result | more, indent=1) + "\n")
+    utils.write_atomic(folder / "comparison.md", text + "\n")
+    try:
+        comparison.draw(rows, folder / "comparison.png")
+    except ImportError:
+        print("note: the picture needs matplotlib: pip install -r requirements-dev.txt")
+    print(f"\n{text}\n\nwritten  {folder / 'comparison.json'}, comparison.md, comparison.png")
+    return result | more
+
+
+def _train(opt: CompareOptions, stages: Sequence[Stage]) -> tuple[Rows, list[str]]:
+    """Run what is missing of this part; the figures of all that is finished, and the names of what cannot be had."""
     found: Rows = {name: {} for name in CONTENDERS if name in opt.contenders}
     seconds: dict[str, list[float]] = {}  # of what ran now, by kind
-    start = time.monotonic()
-    late, left_out = False, []
+    start, late, left_out = time.monotonic(), False, []
     for number, stage in enumerate(_stages(opt, found)):
-        title = f"--- {number + 1} of {len(stages)}: {stage.opt.name}"
         if not stage.done():
             late = late or (opt.minutes is not None and time.monotonic() - start > 60 * opt.minutes)
             if late or stage.seed not in opt.seeds():
                 continue
-            left = [other.kind for other in stages[number:] if other.seed in opt.seeds()]
-            print(title + _left(left, seconds), flush=True)
+            left = _left([other.kind for other in stages[number:] if other.seed in opt.seeds()], seconds)
+            print(f"--- {number + 1} of {len(stages)}: {stage.opt.name}{left}", flush=True)
             began = time.monotonic()
             try:
                 _run(stage)
@@ -76,33 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for stage in _stages(opt, found):  # of other processes, which ended while this one ran
         if stage.kind != "search" and stage.seed not in found[stage.kind] and stage.done():
             found[stage.kind][stage.seed] = _figures(stage, opt)
-    rows = {name: [its[seed] for seed in sorted(its)] for name, its in found.items()}
-    lacking = sum(opt.n - len(its) for its in rows.values()) - len(left_out)
-    if lacking:
-        print(f"note: {lacking} trainings of {opt.n * len(rows)} are not done yet")
-    rows = {name: its for name, its in rows.items() if its}
-    if "found" not in rows or len(rows) < 2:
-        raise Unfinished("not every contender has been trained yet; give more --minutes")
-    gaps = comparison.compare(rows)
-    groups = _groups(opt, rows)
-    more: dict[str, Any] = {
-        "differences": gaps,
-        "against_best_of": comparison.against_best_of(rows),
-        "over_groups": groups,
-    }
-    more["left_out"] = left_out
-    text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps)}"
-    if groups:
-        text += f"\n\n{comparison.verdict_over_groups(groups)}"
-    result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
-    utils.write_atomic(folder / "comparison.json", json.dumps(result | more, indent=1) + "\n")
-    utils.write_atomic(folder / "comparison.md", text + "\n")
-    try:
-        comparison.draw(rows, folder / "comparison.png")
-    except ImportError:
-        print("note: the picture needs matplotlib: pip install -r requirements-dev.txt")
-    print(f"\n{text}\n\nwritten  {folder / 'comparison.json'}, comparison.md, comparison.png")
-    return result | more
+    return found, left_out
 
 
 def _stages(opt: CompareOptions, rows: Rows) -> Iterator[Stage]:
