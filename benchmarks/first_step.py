@@ -96,7 +96,8 @@ def _copy(source: Path, target: Path, copies: int) -> int:
 def _start(opt: FirstOptions, root: Path) -> float:
     arguments = [f"--config={opt.preset}", f"--dataset={root / 'images'}", f"--experiments_dir={root / 'experiments'}"]
     arguments += [f"--image_size={opt.image_size}"] if opt.image_size else []
-    arguments += [f"--cache_dir={root / 'cache'}", f"--name=start_{time.time_ns()}"]
+    arguments += [f"--cache_dir={root / 'cache'}", f"--visualizations_dir={root / 'visualizations'}"]
+    arguments += [f"--name=start_{time.time_ns()}"]
     start = time.time()
     done = subprocess.run(
         [sys.executable, "-c", CODE, *arguments], cwd=record.ROOT, stdout=subprocess.PIPE, text=True, check=True
