@@ -56,10 +56,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "found" not in rows or len(rows) < 2:
         raise Unfinished("not every contender has been trained yet; give more --minutes")
     gaps = comparison.compare(rows)
-    groups = _groups(opt, rows)
-    more: dict[str, Any] = {"differences": gaps, "against_best_of": comparison.against_best_of(rows)}
-    more |= {"over_groups": groups, "left_out": left_out}
-    text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps)}"
+    best, groups = comparison.against_best_of(rows), _groups(opt, rows)
+    more = {"differences": gaps, "against_best_of": best, "over_groups": groups, "left_out": left_out}
+    text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps, best)}"
     if groups:
         text += f"\n\n{comparison.verdict_over_groups(groups)}"
     result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
@@ -99,7 +98,7 @@ def _train(opt: CompareOptions, stages: Sequence[Stage]) -> tuple[Rows, list[str
             found[stage.kind][stage.seed] = _figures(stage, opt)
     if late:
         print(f"note: --minutes {opt.minutes:g} are over; the same command goes on with what is left")
-    for stage in _stages(opt, found):  # of other processes, which ended while this one ran
+    for stage in _stages(opt, found) if len(opt.seeds()) < opt.n else ():  # of others, which ended meanwhile
         if stage.kind != "search" and stage.seed not in found[stage.kind] and stage.done():
             found[stage.kind][stage.seed] = _figures(stage, opt)
     return found, left_out
@@ -187,12 +186,12 @@ def _groups(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> dict[
     }
 
 
-def minutes_of(search: Path) -> float:
-    """Of a search in this folder: its epochs, and its choice among children."""
+def minutes_of(folder: Path) -> float:
+    """Of a run: its epochs, and if it is a search its choice among children."""
     import utils
 
-    seconds = sum(row["epoch_seconds"] for row in utils.read_metrics(search / "metrics.jsonl"))
-    choice = search / "selection.json"
+    seconds = sum(row["epoch_seconds"] for row in utils.read_metrics(folder / "metrics.jsonl"))
+    choice = folder / "selection.json"
     return (seconds + (json.loads(choice.read_text(encoding="utf-8"))["seconds"] if choice.exists() else 0.0)) / 60
 
 
@@ -215,12 +214,11 @@ def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     images = symmetries(torch.zeros(1, data["channels"], *data["image_size"]), child.test_flip)
     with torch.no_grad():
         calls = utils.in_turns({"ms": lambda: 1000 * utils.timed(lambda: [network(x) for x in images])}, 30)["ms"]
-    log, search = utils.read_metrics(folder / "metrics.jsonl"), base / f"{opt.name}_search_{stage.seed}"
-    training = sum(row["epoch_seconds"] for row in log) / 60
-    before = minutes_of(search) if stage.kind == "found" else 0.0
+    training = minutes_of(folder)
+    before = minutes_of(base / f"{opt.name}_search_{stage.seed}") if stage.kind == "found" else 0.0
     kept = ("acc", "balanced_acc", "params", "flops", "test_images", "seed")
     more = {"minutes": training + before, "training": training, "epochs": child.epochs}
-    more |= {"latency_ms": statistics.median(calls), "valid_acc": log[-1].get("valid_acc")}
+    more |= {"latency_ms": statistics.median(calls), "valid_acc": content["metrics"].get("valid_acc")}
     return {name: figures[name] for name in kept} | more
 
 

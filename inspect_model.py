@@ -141,7 +141,7 @@ def _report(
     print(f"entropy     normal {found[0]:.2f}, reduce {found[1]:.2f} nats (uniform: {uniform:.2f})")
     leads = [sampling.margin(alpha).item() for alpha in alphas]
     print(f"margin      normal {leads[0]:.3f}, reduce {leads[1]:.3f}: the lead of the likeliest op, mean over edges")
-    for warning in search.doubts(genotype, run, *leads):
+    for warning in search.doubts(genotype, run.layers, chosen, *leads):
         print(warning)
     print(f"genotype    {'chosen by --select: ' if chosen else ''}an op:input for each edge kept")
     for kind, nodes, _ in genotype.cells():

@@ -164,7 +164,8 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
             pictures = visualize.draw_genotype(genotype, place, f"_epoch_{run.epoch}", learner.network.alphas())
         except OSError as error:  # the search itself has ended well
             print(f"note: the cells are not drawn: {options.in_words(error)}")
-        for warning in doubts(genotype, opt, *(sampling.margin(a).item() for a in learner.network.alphas())):
+        margins = [sampling.margin(alpha).item() for alpha in learner.network.alphas()]
+        for warning in doubts(genotype, opt.layers, opt.select > 0, *margins):
             print(warning)
         if pictures:
             print(f"pictures {', '.join(str(path) for path in pictures)}")
@@ -236,20 +237,23 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
     return row
 
 
-def doubts(genotype: genotypes.Genotype, opt: TrainOptions, margin_normal: float, margin_reduce: float) -> list[str]:
+def doubts(
+    genotype: genotypes.Genotype, layers: int, chosen: bool, margin_normal: float, margin_reduce: float
+) -> list[str]:
     """Warnings, if there is a reason, that a search's genotype is of no use.
 
     Args:
-        genotype: of the child. opt: of the search.
+        genotype: of the child. layers: cells of the search.
+        chosen: by --select among many, so that alpha alone has not decided.
         margin_normal, margin_reduce: of alpha, see sampling.margin.
     """
     least, found = min(margin_normal, margin_reduce), []
-    if not sees_images(genotype, opt.layers):
+    if not sees_images(genotype, layers):
         found.append(
             "warning: the cell lets nothing of an image through: all paths are cut by none; "
             "take a larger budget, a lower --eta, or search longer"
         )
-    if least < _DECIDED and not opt.select:
+    if least < _DECIDED and not chosen:
         found.append(
             f"warning: the search has not decided: in one of the cells the likeliest operation of an edge leads the "
             f"second by {100 * least:.1f} % on average, so that the genotype is little more than chance; "

@@ -90,15 +90,11 @@ def _recipe(opt: EvidenceOptions) -> dict[str, Any] | None:
         for (name, kind), label in names.items()
     }
     rows = []
-    for (name, kind), _ in names.items():
+    for name, kind in names:
         own, base = ([run["acc"] for run in runs[f"{which}, {kind}"]] for which in (name, "as it is"))
         changes = [a - b for a, b in zip(own, base, strict=True)]
         minutes = statistics.mean(run["minutes"] for run in runs[f"{name}, {kind}"])
-        gain = (
-            ""
-            if name == "as it is"
-            else f"{statistics.mean(changes):+.2f} ({min(changes):+.2f} to {max(changes):+.2f})"
-        )
+        gain = f"{statistics.mean(changes):+.2f} ({min(changes):+.2f} to {max(changes):+.2f})"
         rows.append([kind, name, len(own), f"{statistics.mean(own):.2f} %", gain, f"{minutes:.1f}"])
     head = ["network", "recipe", "n", "accuracy, mean", "change, same network and seed (lowest to highest)", "minutes"]
     return record.publish("evidence", opt, {"runs": runs}, record.table(head, rows), "recipe", "evidence")
@@ -175,7 +171,7 @@ def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
     searches = [study.searched(opt, name) for name in names]
     gaps = [run["child_valid_acc"] - run["valid_acc"] for run in searches]
     text = (
-        f"{comparison.table(runs)}\n\n{comparison.verdict(runs, result['differences'])}\n\n"
+        f"{comparison.table(runs)}\n\n{comparison.verdict(runs, result['differences'], result['against_best_of'])}\n\n"
         f"Permutation p of found against random {analysis['permutation_p']:.4f}; the median found cell is at the "
         f"{analysis['percentile_of_median']:.0f}th percentile of the random ones; relative improvement "
         f"{analysis['relative_improvement']:.2f} %. Pools and skips are "

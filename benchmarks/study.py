@@ -92,7 +92,7 @@ def prepare(opt: EvidenceOptions) -> None:
         drawn: dict[str, list[int]] = {"train": [], "valid": [], "test": [*test]}
         for label in range(10):
             places = [i for i in range(first, first + pool) if labels[i] == label]
-            random.Random(f"{name} {label}").shuffle(places)  # of some classes there are fewer than 2,500
+            random.Random(f"{name} {label}").shuffle(places)
             drawn["train"] += places[: each - each // 5]
             drawn["valid"] += places[each - each // 5 : each]
         split = {part: [f"fashion_mnist/{index}" for index in sorted(its)] for part, its in drawn.items()}
@@ -126,7 +126,7 @@ def train(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence
 def work(opt: EvidenceOptions, rounds: Sequence[Sequence[Job]]) -> bool:
     """Run what is missing of this part, a round after the other; whether all of every part is finished."""
     start = time.monotonic()
-    number, parts = map(int, opt.part.split("/"))
+    number, parts = options.part(opt.part)
     complete = True
     for index, jobs in enumerate(rounds):
         for job in jobs:
@@ -152,8 +152,7 @@ def result(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     log = utils.read_metrics(folder / "metrics.jsonl")
     kept = {key: found[key] for key in ("acc", "loss", "params", "flops", "seed", "genotype")}
-    minutes = sum(row["epoch_seconds"] for row in log) / 60
-    return kept | {"minutes": minutes, "valid_acc": log[-1].get("valid_acc"), "epochs": len(log)}
+    return kept | {"minutes": compare.minutes_of(folder), "valid_acc": log[-1].get("valid_acc"), "epochs": len(log)}
 
 
 def searched(opt: EvidenceOptions, name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from math import comb
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -167,8 +168,12 @@ def _guesses(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def verdict(rows: Rows, gaps: Mapping[str, Gap]) -> str:
-    """One sentence for people: what the search gained or lost against each contender, or that nothing is shown."""
+def verdict(rows: Rows, gaps: Mapping[str, Gap], best: Mapping[str, Any] | None = None) -> str:
+    """One sentence for people: what the search gained or lost against each contender, or that nothing is shown.
+
+    Args:
+        rows: of each contender. gaps: of compare. best: of against_best_of.
+    """
     parts = []
     for name, gap in gaps.items():
         points, low, high = gap["difference"], gap["low"], gap["high"]
@@ -183,7 +188,6 @@ def verdict(rows: Rows, gaps: Mapping[str, Gap]) -> str:
         size = 100 * (other / own - 1)
         more = f" with {abs(size):.0f} % {'more' if size > 0 else 'fewer'} parameters" if abs(size) > 2 else ""
         parts.append(f"{verb} {abs(points):.1f} points ({shown}) against a {NAMES[name]}{more}")
-    best = against_best_of(rows)
     if best is not None:
         points = best["difference"]
         few = best["low"] is None
@@ -223,7 +227,7 @@ def draw(rows: Rows, path: Path) -> None:
         offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
         axes.scatter(offsets + place, values, color=f"C{place}", zorder=3)
         axes.hlines(statistics.mean(values), place - 0.25, place + 0.25, color=f"C{place}", linewidth=2)
-    axes.set_xticks(range(len(shown)), [f"{NAMES[name]}\nn = {len(rows[name])}" for name in shown])
+    axes.set_xticks(range(len(shown)), [f"{fill(NAMES[name], 14)}\nn = {len(rows[name])}" for name in shown])
     axes.set_ylabel("test accuracy, %")
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)

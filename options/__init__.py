@@ -88,6 +88,14 @@ def check_name(name: str) -> None:
         raise UserError(f"--name {name!r} is not the name of a folder: leave out slashes and line ends")
 
 
+def part(text: str) -> tuple[int, int]:
+    """K and N of --part K/N, the K-th of N processes; raises UserError."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise UserError(f"--part {text} is none of 1/2, 2/2, 1/3, ...")
+    return int(found[1]), int(found[2])
+
+
 def given(opt: Any) -> set[str]:
     """The names of the options that were said, on the command line or in a file."""
     return set(

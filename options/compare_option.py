@@ -1,12 +1,11 @@
 """The options of compare.py."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
-from options import PositiveInt, UserError, check_name
+from options import PositiveInt, UserError, check_name, part
 
 CONTENDERS = ("found", "random", "peer", "plain", "resnet", "long")
 # options of which every run has its own, or all have the same
@@ -51,20 +50,18 @@ class CompareOptions:
 
     def seeds(self) -> range:
         """Those that this process runs."""
-        first, every = map(int, self.part.split("/"))
+        first, every = part(self.part)
         return range(first - 1, self.n, every)
 
     def check(self) -> None:
         """Raise UserError where a value is not allowed."""
         check_name(self.name)
-        part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.part)
-        if not part or int(part[1]) > int(part[2]):
-            raise UserError(f"--part {self.part} is none of 1/2, 2/2, 1/3, ...")
-        if int(part[1]) > self.n:
+        number, parts = part(self.part)
+        if number > self.n:
             raise UserError(f"--part {self.part} has none of the {self.n} seeds of --n")
         if self.split is not None and not Path(self.split).is_file():
             raise UserError(f"--split {self.split}: no such file; give a split.json, or nothing for the first search's")
-        if part[2] != "1" and self.split is None:
+        if parts > 1 and self.split is None:
             raise UserError(f"--part {self.part} needs a --split, or every part would draw its own")
         for given in (*self.search_options, *self.retrain_options):
             if given.removeprefix("--").partition("=")[0] in OWN:

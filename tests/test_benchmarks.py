@@ -223,5 +223,7 @@ def test_every_stage_of_the_study_writes_its_part(
     capsys.readouterr()
     evidence.main([*given, "--stage=compare"])
     assert "epoch   1" not in capsys.readouterr().out  # nothing is run twice
+    with pytest.raises(UserError, match="--part foo is none of 1/2"):
+        evidence.main([*given, "--stage=gap", "--part=foo"])
     with pytest.raises(UserError, match=r"has no train-images-idx3-ubyte\.gz; apt-get install dataset-fashion-mnist"):
         evidence.main([*given, "--stage=prepare", f"--source={tmp_path}"])

@@ -229,9 +229,9 @@ def test_the_best_of_random_cells_has_the_time_of_a_search_with_its_training() -
     few = comparison.against_best_of({**of, "random": of["random"][:2]})
     assert few is not None and few["k"] == 2 and few["in_time"] == 3
     assert "best of 2 random cells, trained where 3 take the same time" in comparison.verdict(
-        {**of, "random": of["random"][:2]}, {}
+        {**of, "random": of["random"][:2]}, {}, few
     )
-    assert "against the best of 3 random cells" in comparison.verdict(of, comparison.compare(of))
+    assert "against the best of 3 random cells" in comparison.verdict(of, {}, best)
     assert comparison.against_best_of({**of, "random": [{**row, "valid_acc": None} for row in of["random"]]}) is None
     assert comparison.against_best_of({**of, "random": rows([90.0, 91.0], 5.0)}) is None  # there is time for one only
 

@@ -136,6 +136,17 @@ def test_levels_are_tighter_one_after_the_other(arguments: list[str]) -> None:
     assert budgets == sorted(budgets, reverse=True) and len(set(budgets)) == 3
 
 
+@pytest.mark.parametrize(
+    ("sampler", "estimator"), [("softmax", "policy_gradient"), ("straight_through", "reparametrization")]
+)
+def test_an_estimator_without_the_draws_that_it_needs_is_refused(
+    sampler: str, estimator: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main_constraint.main([*arguments, f"--sampler={sampler}", f"--estimator={estimator}"])
+    assert f"--estimator {estimator} needs the draws of another --sampler" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("estimator", ["expectation", "reparametrization", "policy_gradient"])
 @pytest.mark.parametrize("penalty", ["linear", "log"])
 def test_every_estimator_and_penalty_makes_the_child_cheaper(
