@@ -29,7 +29,7 @@ from scipy.stats import kendalltau, percentileofscore, permutation_test
 import compare
 import options
 from benchmarks import record, study
-from benchmarks.study import SEARCH, TRAIN, EvidenceOptions
+from benchmarks.study import SEARCH, TRAIN, EvidenceOptions, Job
 from child import comparison
 from genotypes import Genotype
 from options import UserError
@@ -48,17 +48,20 @@ RECIPE: dict[str, list[str]] = {
     "moving average of the weights, 0.99": ["--ema_decay=0.99"],
     "40 epochs": ["--epochs=40"],
 }
-# Searches
-REMEDIES: dict[str, list[str]] = {
-    "as it is": [],
-    "the likeliest child": ["--select=0"],
-    "alpha frozen: random search with shared weights": ["--warmup_epochs=19"],
-    "straight-through": ["--sampler=straight_through"],
-    "truncated, 12 epochs": ["--sampler=truncated", "--epochs=12", "--warmup_epochs=3"],
-    "SNAS as published: concrete, 12 epochs, the likeliest child": [
-        *("--sampler=concrete", "--epochs=12", "--warmup_epochs=0", "--select=0"),
-    ],
+# Searches: a word for folders, a line for people, what differs from the preset
+REMEDIES: dict[str, tuple[str, list[str]]] = {
+    "taken": ("as the preset: the best of 16 finalists", []),
+    "frozen": ("the same, alpha frozen: random search with shared weights", ["--warmup_epochs=19"]),
+    "likeliest": ("the likeliest child", ["--select=0"]),
+    "no_decay": ("the likeliest, no decay of alpha", ["--select=0", "--arch_weight_decay=0"]),
 }
+SAMPLERS = (
+    "concrete",
+    "straight_through",
+    "dsnas",
+    "softmax",
+)  # of the stage gap, whose likeliest children are trained
+_POOL = 8  # random cells that the cells of all these searches are held against
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -77,7 +80,7 @@ def _recipe(opt: EvidenceOptions) -> dict[str, Any] | None:
     size = f"--match_params={opt.params}"
     of: dict[str, Callable[[int], list[str]]]
     of = {"cells": lambda seed: [f"--genotype=random:{seed}", size], "plain": lambda _: ["--network=plain", size]}
-    names = {(name, kind): f"recipe_{study.slug(name)}_{kind}" for name in RECIPE for kind in of}
+    names = {(name, kind): f"recipe_{_slug(name)}_{kind}" for name in RECIPE for kind in of}
     rounds = [
         [study.train(opt, "tuning", label, seed, [*of[kind](seed), *RECIPE[name]])]
         for (name, kind), label in names.items()
@@ -100,61 +103,74 @@ def _recipe(opt: EvidenceOptions) -> dict[str, Any] | None:
     return record.publish("evidence", opt, {"runs": runs}, record.table(head, rows), "recipe", "evidence")
 
 
-def _compared(opt: EvidenceOptions, split: str, name: str, n: int, more: Sequence[str]) -> dict[str, Any] | None:
+def _slug(name: str) -> str:
+    """A name for folders."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def _compared(opt: EvidenceOptions) -> dict[str, Any] | None:
     """The result of compare.py with the presets of the study, once it is complete."""
     data = f"--data_dir={opt.data_dir}"
-    argv = ["--dataset=fashion_mnist", f"--name=evidence_{name}", f"--n={n}", f"--split={study.split_file(opt, split)}"]
-    argv += [f"--search_config={SEARCH}", f"--retrain_config={TRAIN}", f"--part={opt.part}"]
-    argv += [f"--retrain_options={json.dumps([data, *opt.retrain_options])}"]
+    argv = ["--dataset=fashion_mnist", "--name=evidence_compare", f"--n={opt.n}", f"--part={opt.part}"]
+    argv += ["--contenders=[found,random,peer,plain,resnet]", f"--split={study.split_file(opt, 'study')}"]
+    argv += [f"--search_config={SEARCH}", f"--search_options={json.dumps([data, *opt.search_options])}"]
+    argv += [f"--retrain_config={TRAIN}", f"--retrain_options={json.dumps([data, *opt.retrain_options])}"]
     argv += [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
     argv += [f"--minutes={opt.minutes}"] if opt.minutes else []
     try:
-        result = compare.main([*argv, *more])
+        result = compare.main(argv)
     except compare.Unfinished:
         return None
     names, runs, left_out = result["setting"]["contenders"], result["runs"], result["left_out"]
-    whole = sum(len(runs.get(name, [])) for name in names) + len(left_out) == n * len(names)
+    whole = sum(len(runs.get(name, [])) for name in names) + len(left_out) == opt.n * len(names)
     return result if whole else None
 
 
 def _remedies(opt: EvidenceOptions) -> dict[str, Any] | None:
-    """Searches of every kind; their cells against random ones of the same size, each and all together."""
-    runs: dict[str, Any] = {}
-    for name, remedy in REMEDIES.items():
-        of_search = [f"--data_dir={opt.data_dir}", *opt.search_options, *remedy]
-        more = ["--contenders=[found,random]", f"--search_options={json.dumps(of_search)}"]
-        result = _compared(opt, "tuning", f"remedy_{study.slug(name)}", opt.tries, more)
-        if result is not None:
-            searches = [study.searched(opt, f"remedy_{study.slug(name)}_search_{seed}") for seed in range(opt.tries)]
-            runs[name] = {"options": remedy, **result["runs"], "searches": searches}
-    if len(runs) < len(REMEDIES):
+    """Searches of every kind, those of the stage gap too; their cells against a pool of random ones."""
+    kinds = {f"remedy_{key}": kind for key, kind in REMEDIES.items()}
+    kinds |= {f"gap_{name}": (f"{name}, 10 epochs, no warm-up, the likeliest", _of_gap(name)) for name in SAMPLERS}
+
+    def of_kind(key: str, seed: int) -> list[Job]:
+        trained = ["--genotype=" + study.folder(opt, f"{key}_search", seed).name]
+        searched = study.search(opt, "tuning", f"{key}_search", seed, kinds[key][1])
+        return [searched, study.train(opt, "tuning", f"{key}_found", seed, trained)]
+
+    rounds = [of_kind(key, seed) for seed in range(opt.tries) for key in kinds]
+    rounds += [
+        [study.train(opt, "tuning", "pool", seed, [f"--genotype=random:{seed}", f"--match_params={opt.params}"])]
+        for seed in range(_POOL)
+    ]
+    if not study.work(opt, rounds):
         return None
-    cells = [run for its in runs.values() for run in its["random"]]
-    rows: list[list[Any]] = [["random", len(cells), *_spread(cells), "", "", "", ""]]
-    for name, its in runs.items():
-        gap = comparison.difference([run["acc"] for run in its["found"]], [run["acc"] for run in cells])
-        minutes, free = (statistics.mean(run[key] for run in its["searches"]) for key in ("minutes", "free"))
-        own = statistics.mean(a["acc"] - b["acc"] for a, b in zip(its["found"], its["random"], strict=True))
+    cells = [study.result(opt, "pool", seed) for seed in range(_POOL)]
+    rows: list[list[Any]] = [["random", len(cells), *_spread(cells), "", "", ""]]
+    runs: dict[str, Any] = {"random": cells}
+    for key, (words, remedy) in kinds.items():
+        found = [study.result(opt, f"{key}_found", seed) for seed in range(opt.tries)]
+        searches = [study.searched(opt, f"{key}_search", seed) for seed in range(opt.tries)]
+        gap = comparison.difference([run["acc"] for run in found], [run["acc"] for run in cells])
         interval = "one run" if gap["low"] is None else f"{gap['low']:+.2f} to {gap['high']:+.2f}"
-        words = f"{gap['difference']:+.2f} ({interval})"
-        rows.append([name, opt.tries, *_spread(its["found"]), words, f"{own:+.2f}", f"{free:.0f} %", f"{minutes:.1f}"])
-    head = ["search", "n", "accuracy, mean", "sd", "parameters", "against all random cells (95 %)"]
-    head += ["against those of its sizes", "free", "minutes of search"]
-    return record.publish("evidence", opt, {"runs": runs}, record.table(head, rows), "remedies", "evidence")
+        minutes, free = (statistics.mean(run[figure] for run in searches) for figure in ("minutes", "free"))
+        more = [f"{gap['difference']:+.2f} ({interval})", f"{free:.0f} %", f"{minutes:.1f}"]
+        rows.append([words, opt.tries, *_spread(found), *more])
+        runs[key] = {"options": remedy, "found": found, "searches": searches, "against_random": gap}
+    head = ["search", "n", "accuracy, mean", "sd", "parameters", "Mflops", "against random cells (95 %)"]
+    table = record.table([*head, "pools and skips", "minutes of search"], rows)
+    return record.publish("evidence", opt, {"runs": runs}, table, "remedies", "evidence")
 
 
-def _spread(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
-    """Mean and deviation of the accuracies, mean of the parameters."""
+def _spread(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, str]:
+    """Mean and deviation of the accuracies, mean of the parameters and of the multiply-adds."""
     accuracies = [run["acc"] for run in runs]
     sd = f"{statistics.stdev(accuracies):.2f}" if len(runs) > 1 else "-"
-    return f"{statistics.mean(accuracies):.2f} %", sd, f"{statistics.mean(run['params'] for run in runs):,.0f}"
+    params, flops = (statistics.mean(run[figure] for run in runs) for figure in ("params", "flops"))
+    return f"{statistics.mean(accuracies):.2f} %", sd, f"{params:,.0f}", f"{flops / 1e6:.1f}"
 
 
 def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
     """The comparison of compare.py, and the rest of the analysis."""
-    of_search = json.dumps([f"--data_dir={opt.data_dir}", *opt.search_options])
-    contenders = "--contenders=[found,random,peer,plain,resnet]"
-    result = _compared(opt, "study", "compare", opt.n, [contenders, f"--search_options={of_search}"])
+    result = _compared(opt)
     if result is None:
         return None
     runs = result["runs"]
@@ -167,8 +183,7 @@ def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
         "percentile_of_median": float(percentileofscore(cells, statistics.median(found))),
         "relative_improvement": 100 * (statistics.mean(found) / statistics.mean(cells) - 1),
     }
-    names = [f"compare_search_{seed}" for seed in range(opt.n)]
-    searches = [study.searched(opt, name) for name in names]
+    searches = [study.searched(opt, "compare_search", seed) for seed in range(opt.n)]
     gaps = [run["child_valid_acc"] - run["valid_acc"] for run in searches]
     text = (
         f"{comparison.table(runs)}\n\n{comparison.verdict(runs, result['differences'], result['against_best_of'])}\n\n"
@@ -192,18 +207,16 @@ def _picture(opt: EvidenceOptions, name: str) -> Path:
 
 def _gap(opt: EvidenceOptions) -> dict[str, Any] | None:
     """The child with the supernet's weights against the sampled supernet, an epoch at a time, by sampler."""
-    samplers = ("concrete", "straight_through", "dsnas", "softmax")
-    more = ["--select=0", "--warmup_epochs=0", "--epochs=10"]
     rounds = [
-        [study.search(opt, "tuning", f"gap_{name}", seed, [*more, f"--sampler={name}"])]
+        [study.search(opt, "tuning", f"gap_{name}_search", seed, _of_gap(name))]
         for seed in range(opt.tries)
-        for name in samplers
+        for name in SAMPLERS
     ]
     if not study.work(opt, rounds):
         return None
     runs: dict[str, list[list[dict[str, float]]]] = {}
-    for name in samplers:
-        folders = [Path(opt.experiments_dir) / f"evidence_gap_{name}_{seed}" for seed in range(opt.tries)]
+    for name in SAMPLERS:
+        folders = [study.folder(opt, f"gap_{name}_search", seed) for seed in range(opt.tries)]
         kept = ("epoch", "temperature", "valid_acc", "child_valid_acc")
         runs[name] = [
             [{key: row[key] for key in kept} for row in read_metrics(folder / "metrics.jsonl")] for folder in folders
@@ -218,6 +231,10 @@ def _gap(opt: EvidenceOptions) -> dict[str, Any] | None:
     _draw_gaps(runs, _picture(opt, "gap"))
     text = f"{record.table(head, rows)}\n\n![the child less the sampled supernet](evidence/gap.png)"
     return record.publish("evidence", opt, {"runs": runs}, text, "gap", "evidence")
+
+
+def _of_gap(sampler: str) -> list[str]:
+    return ["--select=0", "--warmup_epochs=0", "--epochs=10", f"--sampler={sampler}"]
 
 
 def _draw_gaps(runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
@@ -247,11 +264,11 @@ def _ranking(opt: EvidenceOptions) -> dict[str, Any] | None:
     from training import checkpoint
     from training.run import Run
 
-    seeds = [s for s in range(opt.n) if (Path(opt.experiments_dir) / f"evidence_compare_random_{s}/test.json").exists()]
+    seeds = [seed for seed in range(opt.n) if (study.folder(opt, "compare_random", seed) / "test.json").exists()]
     cells = [study.result(opt, "compare_random", seed) for seed in seeds]
     rows, taus = [], []
     for number in range(opt.tries):
-        folder = Path(opt.experiments_dir) / f"evidence_compare_search_{number}"
+        folder = study.folder(opt, "compare_search", number)
         newest = checkpoint.newest(folder, "weights")
         if newest is None or len(cells) < 2:
             raise UserError("the ranking needs the searches and random cells of --stage compare")

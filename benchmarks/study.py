@@ -108,7 +108,12 @@ def split_file(opt: EvidenceOptions, name: str) -> Path:
 def _common(opt: EvidenceOptions, split: str, name: str, seed: int) -> list[str]:
     argv = ["--dataset=fashion_mnist", f"--data_dir={opt.data_dir}", f"--split={split_file(opt, split)}"]
     argv += [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
-    return [*argv, f"--name=evidence_{name}_{seed}", f"--seed={seed}"]
+    return [*argv, f"--name={folder(opt, name, seed).name}", f"--seed={seed}"]
+
+
+def folder(opt: EvidenceOptions, name: str, seed: int) -> Path:
+    """Where a run of the study leaves its files."""
+    return Path(opt.experiments_dir) / f"evidence_{name}_{seed}"
 
 
 def search(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:
@@ -141,24 +146,19 @@ def work(opt: EvidenceOptions, rounds: Sequence[Sequence[Job]]) -> bool:
     return complete
 
 
-def slug(name: str) -> str:
-    """A name for folders."""
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
-
-
 def result(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
     """What a training's test.json says, without its table of classes."""
-    folder = Path(opt.experiments_dir) / f"evidence_{name}_{seed}"
-    found: dict[str, Any] = json.loads((folder / "test.json").read_text(encoding="utf-8"))
-    log = utils.read_metrics(folder / "metrics.jsonl")
+    place = folder(opt, name, seed)
+    found: dict[str, Any] = json.loads((place / "test.json").read_text(encoding="utf-8"))
+    log = utils.read_metrics(place / "metrics.jsonl")
     kept = {key: found[key] for key in ("acc", "loss", "params", "flops", "seed", "genotype")}
-    return kept | {"minutes": compare.minutes_of(folder), "valid_acc": log[-1].get("valid_acc"), "epochs": len(log)}
+    return kept | {"minutes": compare.minutes_of(place), "valid_acc": log[-1].get("valid_acc"), "epochs": len(log)}
 
 
-def searched(opt: EvidenceOptions, name: str) -> dict[str, Any]:
+def searched(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
     """Of a finished search: minutes, share of free operations, and its last row."""
-    folder = Path(opt.experiments_dir) / f"evidence_{name}"
-    genotype = Genotype.from_json((folder / "genotype.json").read_text(encoding="utf-8"))
-    last = utils.read_metrics(folder / "metrics.jsonl")[-1]
+    place = folder(opt, name, seed)
+    genotype = Genotype.from_json((place / "genotype.json").read_text(encoding="utf-8"))
+    last = utils.read_metrics(place / "metrics.jsonl")[-1]
     kept = ("valid_acc", "child_valid_acc", "entropy_normal", "entropy_reduce")
-    return {"minutes": compare.minutes_of(folder), "free": free_share(genotype)} | {key: last[key] for key in kept}
+    return {"minutes": compare.minutes_of(place), "free": free_share(genotype)} | {key: last[key] for key in kept}

@@ -191,7 +191,9 @@ def test_every_stage_of_the_study_writes_its_part(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evidence, "RECIPE", {"as it is": [], "drop path": ["--drop_path_prob=0.1"]})
-    monkeypatch.setattr(evidence, "REMEDIES", {"as it is": [], "frozen": ["--sampler=straight_through"]})
+    monkeypatch.setattr(evidence, "REMEDIES", {"frozen": ("alpha frozen", ["--sampler=straight_through"])})
+    monkeypatch.setattr(evidence, "SAMPLERS", ("dsnas", "softmax"))
+    monkeypatch.setattr(evidence, "_POOL", 2)
     small = ["--init_channels=4", "--epochs=2", "--batch_size=8", "--crop_padding=1", "--device=cpu"]
     select = ["--warmup_epochs=1", "--select=3", "--finalists=1", "--finalist_epochs=1"]
     given = [
