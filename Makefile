@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NAME ?= quick
 
-.PHONY: search test sanitize format clean
+.PHONY: search test test-faults sanitize format clean
 
 search: .venv/.run
 	$(BIN)/python main.py --config options/presets/quick.yaml --name $(NAME) --resume True
@@ -15,6 +15,10 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# Processes killed at many moments, files damaged in many ways: the tests of faults at length
+test-faults: .venv/.dev
+	SNAS_FAULTS=long $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/faults
 
 # Every width of vectors, sizes with a border of each kind; compiling takes most of the time
 sanitize: .venv/.dev

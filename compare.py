@@ -33,7 +33,7 @@ class Stage(NamedTuple):
 
     def done(self) -> bool:
         """Whether it was finished before; raises UserError if it was of other options or images."""
-        from training.run import finished
+        from training.opening import finished
 
         return finished(self.opt, "genotype.json" if self.kind == "search" else "test.json")
 

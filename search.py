@@ -28,7 +28,8 @@ from options.default_option import TrainOptions
 from resources import cost
 from sampling import Z
 from training import loop, selection
-from training.run import Run, Stateful, announce, open_run
+from training.opening import open_run
+from training.run import Run, Stateful, announce
 from training.selection import evaluate_z
 
 # (network, info, opt) -> the objective; the loop knows none by name
@@ -152,7 +153,6 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
             loop.compile_cells(learner.network.cells)
         row = loop.fit(
             run,
-            learner.parts(),
             lambda epoch: _one_epoch(run, learner, epoch),
             lambda row: summarise(row, learner.objective),
         )
@@ -188,7 +188,7 @@ def _chosen(run: Run[TrainOptions], learner: Learner) -> genotypes.Genotype:
 
 
 def _one_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[str, Any]:
-    start = time.perf_counter()
+    start = run.began(epoch)
     row = _train_epoch(run, learner, epoch)
     if epoch > run.opt.warmup_epochs:
         learner.objective.after_epoch(learner.alpha_optimizer)
@@ -208,14 +208,14 @@ def _train_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[s
         return search_step(learner, images, targets, z, run.autocast())
 
     last = epoch * run.steps - 1
-    row = {"temperature": temperature(opt, epoch, last), "learning_rate": learner.scheduler.get_last_lr()[0]}
+    head = {"temperature": temperature(opt, epoch, last), "learning_rate": learner.scheduler.get_last_lr()[0]}
     train, valid = len(run.data.indices["train"]), len(run.data.indices["valid"])
     calibrating = min(train, opt.calibration_batches * opt.eval_batch_size)
     forward = 1.2 * (calibrating + valid)  # the child's is a small part of it
     if opt.select:  # a share of what follows the last epoch, each image of a child trained as dear as three forward
         after = opt.select * (calibrating + valid) + 3 * min(opt.select, opt.finalists) * opt.finalist_epochs * train
         forward += (1.0 if opt.sampler in sampling.ONE_HOT else 0.2) * after / opt.epochs
-    row |= loop.train_epoch(run, epoch, step, forward)
+    row = loop.train_epoch(run, epoch, step, head, forward)
     learner.scheduler.step()
     return row
 

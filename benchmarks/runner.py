@@ -16,7 +16,7 @@ import options
 import utils
 from benchmarks.record import ROOT
 from options import O, UserError
-from training.run import finished
+from training.opening import finished
 
 
 def synced(call: Callable[[], Any], device: torch.device) -> float:

@@ -25,7 +25,7 @@ from genotypes import Genotype, free_share
 from options import UserError
 from options.child_option import ChildOptions
 from options.default_option import TrainOptions
-from training.run import finished
+from training.opening import finished
 
 SEARCH, TRAIN = "options/presets/fashion.yaml", "options/presets/retrain_fashion.yaml"
 

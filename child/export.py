@@ -27,7 +27,7 @@ from options.child_option import ChildOptions
 from options.export_option import ExportOptions
 from resources import latency
 from training import checkpoint
-from training.run import one_writer
+from training.opening import one_writer
 
 Predict = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]  # images (B, C, H, W) -> logits (B, classes)
 

@@ -27,7 +27,8 @@ from model import ChildNetwork, sees_images
 from options import UserError
 from options.child_option import ChildOptions
 from training import checkpoint, evaluation, loop
-from training.run import Run, Stateful, announce, check_same_options, open_run
+from training.opening import check_same_options, open_run
+from training.run import Run, Stateful, announce
 
 
 @dataclass
@@ -99,7 +100,7 @@ def run_retrain(opt: ChildOptions) -> Tested:
         announce(run, source.price(opt, genotype, run.data.info))
         if opt.compile:
             loop.compile_cells(learner.network.cells)
-        loop.fit(run, learner.parts(), lambda epoch: _one_epoch(run, learner, epoch), summarise)
+        loop.fit(run, lambda epoch: _one_epoch(run, learner, epoch), summarise)
         result = testing.test(run, learner.evaluated(), genotype, run.folder / "guesses.csv")
         if genotype is not None:
             utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
@@ -181,7 +182,7 @@ def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype | Non
 
 def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int) -> dict[str, Any]:
     opt = run.opt
-    network, start = learner.network.train(), time.perf_counter()
+    network, start = learner.network.train(), run.began(epoch)
     network.drop_path_prob = opt.drop_path_prob * (epoch - 1) / max(1, opt.epochs - 1)
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
@@ -193,8 +194,8 @@ def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int) -> dic
             learner.average.update_parameters(network)
         return logits, loss, {}
 
-    row = {"learning_rate": learner.scheduler.get_last_lr()[0], "drop_path_prob": network.drop_path_prob}
-    row |= loop.train_epoch(run, epoch, step, 0 if opt.use_valid else len(run.data.indices["valid"]))
+    head = {"learning_rate": learner.scheduler.get_last_lr()[0], "drop_path_prob": network.drop_path_prob}
+    row = loop.train_epoch(run, epoch, step, head, 0 if opt.use_valid else len(run.data.indices["valid"]))
     if opt.schedule != "onecycle":
         learner.scheduler.step()
     if not opt.use_valid:

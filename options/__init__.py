@@ -4,9 +4,11 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -31,6 +33,14 @@ class UserError(ValueError):
         """The message without advice that names options: for a script that lacks them."""
         first, *advice = str(self).split("; ")
         return "; ".join([first, *(part for part in advice if "--" not in part)])
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was told to stop by a signal; `code` is the exit code that shells expect: 130 SIGINT, 143 SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
 
 
 class _Parser(ArgumentParser):
@@ -180,9 +190,14 @@ def out_of_memory(error: BaseException) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(word in str(error) for word in words)
 
 
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
 def entry(main: Callable[[], Any]) -> None:
-    """Run a script's main as a program: bad input is one line and exit code 2, Ctrl-C is 130."""
+    """Run a script's main as a program: bad input is one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
     name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show does not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -204,4 +219,4 @@ def entry(main: Callable[[], Any]) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         print("; ".join([f"\n{name}: interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(getattr(error, "code", 130)) from None

@@ -75,6 +75,8 @@ class RunOptions(DataOptions):
     """Continue the experiment from its newest checkpoint, bit for bit; start it if there is none."""
     save_freq: PositiveInt = 10
     """Keep the checkpoint of every save_freq-th epoch; the newest one is always kept."""
+    save_every_minutes: PositiveFloat = 10.0
+    """Write a checkpoint within an epoch that takes longer, dropped when the epoch's own is written."""
     report_freq: PositiveInt = 10
     """Steps between two updates of the running figures on the progress bar."""
 

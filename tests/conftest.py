@@ -48,3 +48,9 @@ def searched(arguments: list[str]) -> list[str]:
     main.main(arguments)
     return [*arguments[:3], "--genotype=run", "--name=again", "--epochs=3", "--layers=3", "--init_channels=4",
             "--batch_size=4", "--auxiliary=False", "--crop_padding=1", "--cutout_length=2", "--device=cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def moments() -> int:
+    """Of a script in the tests of faults at which its process is killed; many with SNAS_FAULTS=long."""
+    return 25 if os.environ.get("SNAS_FAULTS") == "long" else 2

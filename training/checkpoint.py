@@ -65,6 +65,22 @@ def newest(folder: Path, stem: str) -> Path | None:
     return path_of(folder, stem, known[-1]) if known else None
 
 
-def path_of(folder: Path, stem: str, epoch: int) -> Path:
-    """STEM_epoch_N.pt, the state after epoch N."""
-    return folder / f"{stem}_epoch_{epoch}.pt"
+def within(folder: Path, stem: str) -> dict[tuple[int, int], Path]:
+    """The checkpoints STEM_epoch_N_step_K.pt of a folder, by N and K: the state after step K of epoch N."""
+    names = (
+        (re.fullmatch(rf"{stem}_epoch_(\d+)_step_(\d+)\.pt", path.name), path)
+        for path in folder.glob(f"{stem}_epoch_*_step_*.pt")
+    )
+    return {(int(name[1]), int(name[2])): path for name, path in names if name}
+
+
+def latest(folder: Path, stem: str) -> Path | None:
+    """The furthest checkpoint of a folder, that of a step included."""
+    finished = max(epochs(folder, stem), default=0)
+    ahead = {moment: path for moment, path in within(folder, stem).items() if moment[0] > finished}
+    return ahead[max(ahead)] if ahead else newest(folder, stem)
+
+
+def path_of(folder: Path, stem: str, epoch: int, step: int | None = None) -> Path:
+    """STEM_epoch_N.pt, the state after epoch N, or STEM_epoch_N_step_K.pt, that after K steps of it."""
+    return folder / f"{stem}_epoch_{epoch}{'' if step is None else f'_step_{step}'}.pt"

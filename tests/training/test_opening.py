@@ -15,7 +15,7 @@ import options
 import retrain
 from options import UserError
 from options.default_option import TrainOptions
-from training import run as runs
+from training import opening as runs
 
 ROOT = Path(__file__).parents[2]
 

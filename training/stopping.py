@@ -1,0 +1,51 @@
+"""Being told to stop: at the first SIGINT or SIGTERM a run ends after its step, at the second at once."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from options import Interrupted
+
+
+class Stop:
+    """Whether the process was told to stop, and by which signal. One that it was started to ignore is ignored."""
+
+    number: int | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether it was."""
+        return self.number is not None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, the first signal is only remembered; the second acts as it does outside. In the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are another's
+            return
+        every = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in every.items() if handler not in (None, signal.SIG_IGN)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def told(number: int, frame: FrameType | None) -> None:
+            self.number = number
+            restore()
+            print("\nstopping after this step; once more stops at once, without saving", file=sys.stderr, flush=True)
+
+        try:
+            for number in before:
+                signal.signal(number, told)
+            yield
+        finally:
+            restore()
+
+    def check(self) -> None:
+        """Raise Interrupted if the process was told to."""
+        if self.number is not None:
+            raise Interrupted(self.number)
