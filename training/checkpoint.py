@@ -1,23 +1,29 @@
-"""Checkpoints: tensors and plain containers, written in one move, loaded with weights_only=True."""
+"""Checkpoints: tensors and plain containers, written in one move, loaded with weights_only=True, or not if damaged."""
 
+import hashlib
 import os
 import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 import utils
 from options import UserError
 
-FORMAT = 1  # of the mapping in the file; a loader refuses others
+FORMAT = 2  # of the mapping in the file; a loader refuses others, but for 1, which had no digest
+_MARK = b"blake2b "  # the archive's comment: this and the digest, in hexadecimal digits, of all that is before it
+_COMMENT = len(_MARK) + 64
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that a crash leaves the old file or the new one, never half of one; raises OSError."""
     try:
-        with utils.replacing(path) as temporary, temporary.open("wb") as file:
+        with utils.replacing(path) as temporary, temporary.open("w+b") as file:
             torch.save({"format": FORMAT, **content}, file)
+            _seal(file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer hides what the system refused
@@ -29,6 +35,26 @@ def save(path: Path, content: dict[str, Any]) -> None:
         raise OSError(refused.errno, refused.strerror, str(path)) from None
 
 
+def _seal(file: BinaryIO) -> None:
+    """Give the archive a comment with the digest of its bytes."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, which torch leaves empty
+    file.write(_COMMENT.to_bytes(2, "little"))
+    digest = _digest(file, file.tell())
+    file.seek(0, os.SEEK_END)
+    file.write(_MARK + digest)
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """Of the first `size` bytes."""
+    found = hashlib.blake2b(digest_size=32)
+    file.seek(0)
+    while size:
+        block = file.read(min(size, 1 << 20))
+        found.update(block)
+        size -= len(block) or size
+    return found.hexdigest().encode()
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
@@ -36,21 +62,91 @@ def load(path: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged, of another program or of another format.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        fault = _fault(path)
+        content = None if fault else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path} is damaged or not a checkpoint ({reason[:100]}); take another; removed, the one before is"
-        ) from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason[:100]}){_instead(path)}") from None
+    if fault:
+        raise UserError(f"{path} is damaged: {fault}{_instead(path)}")
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path} is not a checkpoint of this program")
-    if content["format"] != FORMAT:
+    if content["format"] not in (1, FORMAT):
         raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}; use the version it is of")
+    if content["format"] == FORMAT and not _sealed(path):
+        raise UserError(f"{path} is damaged: its digest is missing{_instead(path)}")
     return content
+
+
+def _sealed(path: Path) -> bytes | None:
+    """The digest that a checkpoint says it has."""
+    with path.open("rb") as file:
+        file.seek(-min(_COMMENT, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        found = re.fullmatch(_MARK + rb"([0-9a-f]{64})", file.read())
+    return found and found[1]
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint, before anything is made of them; None if it is whole.
+
+    One of format 1 has the checksums of its archive alone.
+    """
+    said = _sealed(path)
+    if said is not None:
+        with path.open("rb") as file:
+            if _digest(file, file.seek(0, os.SEEK_END) - _COMMENT) == said:
+                return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                return "its parts are larger than the file"  # compressed, which no checkpoint is
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
+        return "it is no whole archive"
+    if broken is not None:
+        return f"{_name(path, broken)} is not what was written"
+    return None if said is None else "it is not what was written"
+
+
+def _name(path: Path, entry: str) -> str:
+    """What the user calls an entry of the archive: tensors lie in data/0, data/1, ... in the order of the content."""
+    number = re.fullmatch(r"[^/]+/data/(\d+)", entry)
+    try:
+        named = [*_tensors(torch.load(path, map_location="cpu", weights_only=True))] if number else []
+    except Exception:
+        named = []
+    places = dict.fromkeys(tensor.untyped_storage()._cdata for _, tensor in named)
+    names = {place: name for name, tensor in reversed(named) for place in [tensor.untyped_storage()._cdata]}
+    ordered = [names[place] for place in places]
+    return ordered[int(number[1])] if number and int(number[1]) < len(ordered) else f"its {entry.partition('/')[2]}"
+
+
+def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of nested containers with the keys that lead to them."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    elif isinstance(content, Mapping | Sequence) and not isinstance(content, str):
+        pairs = content.items() if isinstance(content, Mapping) else enumerate(content)
+        for key, value in pairs:
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def _instead(path: Path) -> str:
+    """What to go on from, in words, where a checkpoint is damaged."""
+    stem = re.match(r"(\w+)_epoch_\d+", path.name)
+    others = [path_of(path.parent, stem[1], epoch) for epoch in epochs(path.parent, stem[1])[::-1]] if stem else []
+    for other in others:
+        try:
+            if other.name != path.name and _fault(other) is None:
+                return f"; {other} is whole: --resume True goes on from it where {path.name} is removed"
+        except OSError:
+            continue
+    return "; take another"
 
 
 def epochs(folder: Path, stem: str) -> list[int]:
