@@ -47,6 +47,7 @@ class Learner:
     scheduler: torch.optim.lr_scheduler.CosineAnnealingLR
     grad_clip: float  # largest norm of theta's gradient
     arch_grad_clip: float  # of alpha's
+    checked: bool = False  # also on a GPU: whether loss and gradients are numbers, before they are stepped
 
     def parts(self) -> dict[str, Stateful]:
         """All of it that has a state, by name, for the checkpoint."""
@@ -83,7 +84,8 @@ def make_learner(opt: TrainOptions, info: DataInfo, make_objective: MakeObjectiv
     alpha = torch.optim.Adam(network.alphas(), rate, opt.arch_betas, weight_decay=opt.arch_weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(theta, opt.epochs, opt.learning_rate_min)
     objective = make_objective(network, info, opt)
-    return Learner(network, objective, theta, alpha, scheduler, opt.grad_clip, opt.arch_grad_clip)
+    checked = opt.on_nonfinite == "skip"
+    return Learner(network, objective, theta, alpha, scheduler, opt.grad_clip, opt.arch_grad_clip, checked)
 
 
 def search_step(learner: Learner, images: Tensor, targets: Tensor, z: Z, autocast: torch.autocast) -> loop.Step:
@@ -102,7 +104,7 @@ def search_step(learner: Learner, images: Tensor, targets: Tensor, z: Z, autocas
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [(learner.theta_optimizer, learner.grad_clip)]
     if z.normal.requires_grad:
         optimizers.append((learner.alpha_optimizer, learner.arch_grad_clip))
-    loop.update(loss, optimizers)
+    loop.update(loss, optimizers, learner.checked)
     learner.objective.after_step()
     return logits, loss, terms
 

@@ -187,7 +187,7 @@ def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int) -> dic
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
         logits, loss = _loss(run, network, images, targets)
-        loop.update(loss, [(learner.optimizer, opt.grad_clip)])
+        loop.update(loss, [(learner.optimizer, opt.grad_clip)], opt.on_nonfinite == "skip")
         if opt.schedule == "onecycle":
             learner.scheduler.step()
         if learner.average is not None:

@@ -79,6 +79,8 @@ class RunOptions(DataOptions):
     """Write a checkpoint within an epoch that takes longer, dropped when the epoch's own is written."""
     report_freq: PositiveInt = 10
     """Steps between two updates of the running figures on the progress bar."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """After a step whose loss or gradient is no number: end the run, or leave out up to a tenth of an epoch's steps."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one."""

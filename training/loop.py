@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from training.run import Run, check_finite, duration
+from training.run import Run, check_finite, duration, no_number
 
 Step = tuple[Tensor, Tensor, Mapping[str, Tensor]]  # logits (B, classes), loss, further scalars
 
@@ -61,15 +61,57 @@ class Mean:
         self._sums, self.count = {name: total.to(device) for name, total in state["sums"].items()}, state["count"]
 
 
-def update(loss: Tensor, optimizers: Iterable[tuple[torch.optim.Optimizer, float]]) -> None:
-    """One backward pass, then for every (optimizer, limit): clip the norm of its gradient, step."""
+class NonFinite(ArithmeticError):
+    """A loss or a gradient is no number; nothing was stepped."""
+
+
+def update(loss: Tensor, optimizers: Iterable[tuple[torch.optim.Optimizer, float]], check: bool = False) -> None:
+    """One backward pass, then for every (optimizer, limit): clip the norm of its gradient, step.
+
+    Args:
+        check: raise NonFinite where it applies on a GPU too, which waits for the GPU.
+    """
     optimizers = list(optimizers)
     for optimizer, _ in optimizers:
         optimizer.zero_grad()
     loss.backward()
-    for optimizer, limit in optimizers:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
+    norms = [nn.utils.clip_grad_norm_(one.param_groups[0]["params"], limit) for one, limit in optimizers]
+    if check or loss.device.type == "cpu":
+        for name, value in [("loss", loss), *(("norm of the gradient", norm) for norm in norms)]:
+            if not torch.isfinite(value):
+                raise NonFinite(f"the {name} became {value.item()}")
+    for optimizer, _ in optimizers:
         optimizer.step()
+
+
+class _Tolerance:
+    """What becomes of steps whose loss or gradient is no number: the run ends, or with --on_nonfinite skip it goes on.
+
+    A skipped step leaves nothing, in batch-norm statistics neither; beyond a tenth of an epoch's steps the run ends.
+    """
+
+    def __init__(self, run: Run[Any], where: str, skipped: int) -> None:
+        self._run, self._where, self.skipped = run, where, skipped
+        self.skips = run.opt.on_nonfinite == "skip"
+        modules = [part for part in run.parts.values() if isinstance(part, nn.Module)] if self.skips else []
+        self._buffers = [buffer for module in modules for buffer in module.buffers()]
+        self.keep()
+
+    def keep(self) -> None:
+        """Called before every step."""
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def skip(self, error: NonFinite, number: int) -> None:
+        """Called after one that failed, `number` from 0; raises UserError."""
+        words = f"{error} in step {number + 1} ({self._where})"
+        self.skipped += 1
+        if not self.skips:
+            raise no_number(self._run, words)
+        if self.skipped > max(3, self._run.steps // 10):
+            raise no_number(self._run, f"{words}, as in {self.skipped - 1} other steps of this epoch")
+        for buffer, value in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(value)
+        tqdm.write(f"note:    {words}; the batch is skipped")
 
 
 class _Guess:
@@ -78,15 +120,65 @@ class _Guess:
     def __init__(self, epochs: int, steps: float, last: int) -> None:
         self._all, self._last, self._start = epochs * steps, min(4, last), time.perf_counter()
 
-    def after(self, index: int, loss: Tensor) -> None:
+    def after(self, index: int, device: torch.device) -> None:
         """Called after every step of the first epoch."""
         if index in (0, self._last):
-            loss.item()  # waits for the device
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             count, now = max(1, self._last), time.perf_counter()
             if index == self._last:
                 seconds = (now - self._start) / count * self._all
                 tqdm.write(f"time     about {duration(seconds)} (guessed from {count} steps)")
             self._start = now  # the first of several warms up
+
+
+class _Epoch:
+    """Where an epoch stands: begun, or gone on with where the loaded checkpoint was written within it."""
+
+    def __init__(self, run: Run[Any], epoch: int, head: Mapping[str, Any]) -> None:
+        inside = run.within(epoch)
+        self._run, self._epoch, self._start, self._saved = run, epoch, run.began(epoch), time.perf_counter()
+        self.first, self.mean, self._head = inside.get("steps", 0), Mean(), dict(inside.get("head", head))
+        if inside:
+            self.mean.go_on(inside["mean"], run.device)
+        degrees = self._head.get("temperature")
+        where = f"epoch {epoch}" + (f", temperature {degrees:.3g}" if degrees is not None else "")
+        self.tolerance = _Tolerance(run, where, inside.get("skipped", 0))
+
+    def take(self, step: Callable[[int, Tensor, Tensor], Step], index: int, images: Tensor, targets: Tensor) -> None:
+        """One step of the epoch, 0.., whose random numbers are its own."""
+        number = (self._epoch - 1) * self._run.steps + index
+        torch.manual_seed(utils.fold(self._run.opt.seed, "step", number))  # drop path
+        self.tolerance.keep()
+        try:
+            logits, loss, terms = step(number, images, targets)
+            accuracy = 100 * (logits.argmax(1) == targets).float().mean()
+            self.mean.add({"train_loss": loss, "train_acc": accuracy, **terms}, len(targets))
+        except NonFinite as error:
+            self.tolerance.skip(error, number)
+
+    def due(self) -> bool:
+        """Whether a checkpoint has to be written now."""
+        return self._run.stop.told or time.perf_counter() - self._saved > 60 * self._run.opt.save_every_minutes
+
+    def figures(self) -> dict[str, float]:
+        """The running ones; raises UserError where they are no numbers."""
+        now = self.mean.values()
+        for name, value in now.items():
+            check_finite(self._run, name, value, self._epoch)
+        return now
+
+    def save(self, steps: int) -> None:
+        """Write the checkpoint after so many steps of the epoch."""
+        self._saved = time.perf_counter()
+        state = {"steps": steps, "seconds": self._saved - self._start, "head": self._head, "mean": self.mean.state()}
+        self._run.save_within({**state, "skipped": self.tolerance.skipped})
+
+    def row(self) -> dict[str, Any]:
+        """What metrics.jsonl says of its training."""
+        more = {"skipped_steps": self.tolerance.skipped} if self.tolerance.skips else {}
+        speed = {"images_per_second": self.mean.count / (time.perf_counter() - self._start)}
+        return {**self._head, **self.mean.values(), **more, **speed}
 
 
 def train_epoch(
@@ -98,7 +190,7 @@ def train_epoch(
 ) -> dict[str, Any]:
     """Every training batch of an epoch through `step`, with a bar; a guess of the run's duration after a few.
 
-    Goes on within the epoch where the loaded checkpoint was written in it, writes one every --save_every_minutes and
+    Goes on within the epoch where the loaded checkpoint was written in it; writes one every --save_every_minutes and
     when the process is told to stop.
 
     Args:
@@ -109,35 +201,24 @@ def train_epoch(
         The head, train_loss, train_acc, the further scalars (means over images), images_per_second.
     Raises:
         Interrupted: the process was told to stop, and the checkpoint is written.
+        UserError: a figure is no number.
     """
-    steps, mean, start, inside = run.steps, Mean(), run.began(epoch), run.within(epoch)
-    first, head = inside.get("steps", 0), inside.get("head", head)
-    if inside:
-        mean.go_on(inside["mean"], run.device)
-    saved = time.perf_counter()
-    guess = _Guess(run.opt.epochs - run.epoch, steps + 0.35 * evaluated / run.opt.batch_size, steps - first - 1)
-    batches, title = run.train_batches(epoch, first), f"epoch {epoch}/{run.opt.epochs}"
-    with tqdm(batches, title, steps, unit="step", leave=False, disable=None, initial=first) as bar:
-        for index, (images, targets) in enumerate(bar, first):
-            number = (epoch - 1) * steps + index
-            torch.manual_seed(utils.fold(run.opt.seed, "step", number))  # drop path
-            logits, loss, terms = step(number, images, targets)
-            accuracy = 100 * (logits.argmax(1) == targets).float().mean()
-            mean.add({"train_loss": loss, "train_acc": accuracy, **terms}, len(targets))
-            due = time.perf_counter() - saved > 60 * run.opt.save_every_minutes
-            if (index + 1) % run.opt.report_freq == 0 or index + 1 == steps or due or run.stop.told:
-                now = mean.values()
-                check_finite(run, "train_loss", now["train_loss"], epoch)
-                bar.set_postfix(loss=f"{now['train_loss']:.3f}", acc=f"{now['train_acc']:.1f}")
-            if due or run.stop.told:
-                saved = time.perf_counter()
-                run.save_within(
-                    {"steps": index + 1, "seconds": saved - start, "head": dict(head), "mean": mean.state()}
-                )
+    now, steps = _Epoch(run, epoch, head), run.steps
+    guess = _Guess(run.opt.epochs - run.epoch, steps + 0.35 * evaluated / run.opt.batch_size, steps - now.first - 1)
+    batches, title = run.train_batches(epoch, now.first), f"epoch {epoch}/{run.opt.epochs}"
+    with tqdm(batches, title, steps, unit="step", leave=False, disable=None, initial=now.first) as bar:
+        for index, (images, targets) in enumerate(bar, now.first):
+            now.take(step, index, images, targets)
+            due = now.due()
+            if now.mean.count and (due or (index + 1) % run.opt.report_freq == 0 or index + 1 == steps):
+                figures = now.figures()
+                bar.set_postfix(loss=f"{figures['train_loss']:.3f}", acc=f"{figures['train_acc']:.1f}")
+            if due:
+                now.save(index + 1)
             run.stop.check()
             if epoch == run.started + 1:
-                guess.after(index - first, loss)
-    return {**head, **mean.values(), "images_per_second": mean.count / (time.perf_counter() - start)}
+                guess.after(index - now.first, run.device)
+    return now.row()
 
 
 def fit(

@@ -30,6 +30,7 @@ FREE = {
     "test_folder",
     "save_freq",
     "save_every_minutes",
+    "on_nonfinite",  # without such a step both are the same
     "report_freq",
     "experiments_dir",
     "visualizations_dir",

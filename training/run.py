@@ -146,10 +146,15 @@ class Run(Generic[Options]):
 def check_finite(run: Run[Any], name: str, value: float, epoch: int) -> None:
     """Stop the run where a figure is no number, before it is saved; raises UserError."""
     if not math.isfinite(value):
-        raise UserError(
-            f"{name} became {value} in epoch {epoch}; last good checkpoint: {run.last_good()}; "
-            "try a lower --learning_rate or --precision fp32 under a new --name"
-        )
+        raise no_number(run, f"{name} became {value} in epoch {epoch}")
+
+
+def no_number(run: Run[Any], words: str) -> UserError:
+    """What to say where the words say which figure is no number, and when."""
+    return UserError(
+        f"{words}; last good checkpoint: {run.last_good()}; try a lower --learning_rate or --precision fp32 under a "
+        "new --name, or go on with --on_nonfinite skip where single batches are to blame"
+    )
 
 
 def announce(run: Run[Any], costs: Mapping[str, int]) -> None:

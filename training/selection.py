@@ -7,6 +7,7 @@ Random search with shared weights (Li & Talwalkar 2019, arXiv 1902.07638, sectio
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +80,10 @@ def select(run: Run[TrainOptions], network: Network, price: Callable[[Z], float]
     ranked.sort(key=lambda candidate: dear(candidate.genotype, candidate.shared))
     finalists = []
     for number, candidate in enumerate(ranked[:trained]):
-        figures = _trained(run, network, candidate.genotype, f"finalist {number + 1}/{trained}")
-        if math.isfinite(figures.loss):
-            finalists.append((dear(candidate.genotype, figures), number, candidate._replace(trained=figures)))
+        with suppress(loop.NonFinite):  # it is left out
+            figures = _trained(run, network, candidate.genotype, f"finalist {number + 1}/{trained}")
+            if math.isfinite(figures.loss):
+                finalists.append((dear(candidate.genotype, figures), number, candidate._replace(trained=figures)))
     return [candidate for _, _, candidate in sorted(finalists, key=lambda one: one[:2])] + ranked[trained:]
 
 
@@ -125,7 +127,9 @@ def _trained(run: Run[TrainOptions], network: Network, genotype: Genotype, title
             for images, targets in run.train_batches(opt.epochs + 1 + epoch):
                 with run.autocast():
                     logits = own(images, z)
-                loop.update(plain(logits, targets, z)[0], [(optimizer, opt.grad_clip)])
+                loop.update(
+                    plain(logits, targets, z)[0], [(optimizer, opt.grad_clip)], check=opt.on_nonfinite == "skip"
+                )
                 scheduler.step()
                 bar.update()
     return figures_of(run, own, genotype)
