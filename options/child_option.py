@@ -15,7 +15,7 @@ class ChildOptions(RunOptions):
     """Training the network of a genotype from scratch, or from a supernet's weights."""
 
     name: str = "child"
-    """Name of the experiment: a folder of experiments_dir. An existing one is never overwritten."""
+    """Name of the experiment: a folder of experiments_dir. An existing one is kept."""
     genotype: str = "search"
     """An experiment, a genotype.json, a search's checkpoint, a file with a cell as DARTS prints it, a published name
     (SNAS_mild, DARTS_V2, ...), or random:SEED."""

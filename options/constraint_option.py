@@ -36,7 +36,7 @@ class ConstraintOptions(DeployedOptions, TrainOptions):
     """A search whose child has to stay within a budget, or in which resources have a price."""
 
     name: str = "constrained"
-    """Name of the experiment: a folder of experiments_dir. An existing one is never overwritten."""
+    """Name of the experiment: a folder of experiments_dir. An existing one is kept."""
 
     target_params: PositiveFloat | None = None
     """Budget: learnable parameters of the child as it will be deployed, e.g. 1.2e6."""

@@ -66,13 +66,15 @@ class RunOptions(DataOptions):
     """What a search and a retraining have in common: the run, the data, the machine, the training."""
 
     name: str = "search"
-    """Name of the experiment: a folder of experiments_dir. An existing one is never overwritten."""
+    """Name of the experiment: a folder of experiments_dir. An existing one is kept."""
     experiments_dir: str = "experiments"
     """Where runs leave their files."""
     visualizations_dir: str = "visualizations"
     """Where pictures go."""
     resume: bool = False
     """Continue the experiment from its newest checkpoint, bit for bit; start it if there is none."""
+    overwrite: bool = False
+    """Begin anew in the folder of an earlier run of this script, whose files are lost once the data is read."""
     save_freq: PositiveInt = 10
     """Keep the checkpoint of every save_freq-th epoch; the newest one is always kept."""
     save_every_minutes: PositiveFloat = 10.0
@@ -115,6 +117,8 @@ class RunOptions(DataOptions):
     def check(self) -> None:
         super().check()
         check_name(self.name)
+        if self.overwrite and self.resume:
+            raise UserError("--overwrite True begins anew, --resume True goes on; give one of them")
         if self.batch_size < 2:
             raise UserError("--batch_size 1: batch norm needs at least 2 images")
         if self.eval_batch_size < 2:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from training.run import Options, Run
 FREE = {
     "name",  # the folder may have been renamed
     "resume",
+    "overwrite",
     "eval_only",
     "test_folder",
     "save_freq",
@@ -43,8 +45,10 @@ FREE = {
     "cache_dir",
     "max_cache_gb",
 }
-# What a start that never reached a checkpoint leaves behind; it may be written over.
+# What a start that never reached a checkpoint leaves behind; it may be written over
 _LEFTOVERS = ("options.yaml", "split.json", "metrics.jsonl", "events.out.tfevents.*", ".*.tmp", ".lock", ".writer")
+# What runs leave besides, and what is made of them: --overwrite removes it, and nothing else
+_RESULTS = ("*_epoch_*.pt", "genotype.json", "selection.json", "test.json", "guesses.csv", "child.*", "child_*.py")
 
 
 @contextmanager
@@ -92,7 +96,7 @@ def open_run(
     folder = Path(opt.experiments_dir) / opt.name
     newest = checkpoint.latest(folder, stem) if opt.resume else None
     if newest is None:
-        _check_free(folder, opt.resume)
+        _check_free(folder, opt, stem)
     device = utils.pick_device(opt.device)
     loaded = checkpoint.load(newest) if newest else None
     if loaded:
@@ -108,9 +112,12 @@ def open_run(
         data = Data(opt, split, train_on_valid, carry)
     with one_writer(folder, "give another --name"):
         if newest is None:
-            _check_free(folder, opt.resume)  # again: reading the data took its time
+            _check_free(folder, opt, stem)  # again: reading the data took its time
         if (checkpoint.latest(folder, stem) if opt.resume else None) != newest:
             raise UserError(f"{folder} was written while the data was read; start again")
+        for pattern in (*_RESULTS, "metrics.jsonl", "events.out.tfevents.*") if opt.overwrite else ():
+            utils.clear(folder, pattern)
+        opt = replace(opt, overwrite=False)  # was asked once: options.yaml does not ask again
         utils.clear(folder, ".*.tmp")  # of a process that was killed while it wrote
         command = shlex.join(["python", Path(sys.argv[0]).name, "--config", str(folder / "options.yaml")])
         options.save(opt, folder / "options.yaml", command)
@@ -144,17 +151,23 @@ def _same_data(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     return both[0] == both[1] and all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(*numbers, strict=True))
 
 
-def _check_free(folder: Path, resume: bool) -> None:
-    """Refuse a folder that holds more than a start which never finished an epoch."""
+def _check_free(folder: Path, opt: RunOptions, stem: str) -> None:
+    """Refuse a folder that holds more than a start which never finished an epoch, or that may not be overwritten."""
     if any(path.exists() and not path.is_dir() for path in (folder, folder.parent)):
         raise UserError(f"{folder} cannot be made: a file is in the way; change --name or --experiments_dir")
     if not folder.exists():
         return
-    kept = {p.name for p in folder.iterdir()} - {p.name for pattern in _LEFTOVERS for p in folder.glob(pattern)}
+    known = (*_LEFTOVERS, *_RESULTS) if opt.overwrite else _LEFTOVERS
+    kept = {p.name for p in folder.iterdir()} - {p.name for pattern in known for p in folder.glob(pattern)}
     metrics = folder / "metrics.jsonl"
-    if kept or (metrics.exists() and metrics.stat().st_size):
-        other = "it has no checkpoint of this script to go on from" if resume else "or --resume True to go on"
-        raise UserError(f"{folder} exists; give another --name, {other}")
+    if opt.overwrite:
+        others = [other for other in ("weights", "child") if other != stem and checkpoint.epochs(folder, other)]
+        if others or kept:
+            what = f"has {min(kept)}, which no run leaves" if kept else "is of another script"
+            raise UserError(f"--overwrite True: {folder} {what}; give another --name, or remove it yourself")
+    elif kept or (metrics.exists() and metrics.stat().st_size):
+        other = "it has no checkpoint of this script to go on from" if opt.resume else "or --resume True to go on"
+        raise UserError(f"{folder} exists; give another --name, {other}, or --overwrite True to lose it")
 
 
 def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path, advice: str = "") -> None:

@@ -23,7 +23,15 @@ import retrain
 from options import Interrupted
 from training import checkpoint, loop, run, stopping
 
-OWN = {"images_per_second", "epoch_seconds", "seconds", "name", "resume", "save_every_minutes"}  # differ between runs
+OWN = {
+    "images_per_second",
+    "epoch_seconds",
+    "seconds",
+    "name",
+    "resume",
+    "save_every_minutes",
+    "experiments_dir",
+}  # differ between runs
 ROOT = Path(__file__).parents[2]
 CASES: dict[str, tuple[ModuleType, list[str], str]] = {
     "plain": (main, ["--drop_path_prob=0.3"], "weights"),
