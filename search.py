@@ -5,7 +5,7 @@ Xie et al. 2019 (arXiv 1812.09926): minimise E_{Z ~ p_alpha}[L_theta(Z)] over th
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from objective import Objective
 from options.default_option import TrainOptions
 from resources import cost
 from sampling import Z
-from training import loop, selection
+from training import distributed, loop, selection
+from training.distributed import ALONE, World
 from training.opening import open_run
 from training.run import Run, Stateful, announce
 from training.selection import evaluate_z
@@ -48,6 +49,8 @@ class Learner:
     grad_clip: float  # largest norm of theta's gradient
     arch_grad_clip: float  # of alpha's
     checked: bool = False  # also on a GPU: whether loss and gradients are numbers, before they are stepped
+    world: World = ALONE  # the processes whose gradients are averaged
+    buffers: Sequence[Tensor] = ()  # and what else
 
     def parts(self) -> dict[str, Stateful]:
         """All of it that has a state, by name, for the checkpoint."""
@@ -104,7 +107,7 @@ def search_step(learner: Learner, images: Tensor, targets: Tensor, z: Z, autocas
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [(learner.theta_optimizer, learner.grad_clip)]
     if z.normal.requires_grad:
         optimizers.append((learner.alpha_optimizer, learner.arch_grad_clip))
-    loop.update(loss, optimizers, learner.checked)
+    loop.update(loss, optimizers, learner.checked, learner.world, learner.buffers)
     learner.objective.after_step()
     return logits, loss, terms
 
@@ -142,10 +145,15 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
     with open_run(opt, "weights", lambda: records.Given(records.given_split(opt))) as run:
         learner = make_learner(opt, run.data.info, make_objective)
         if run.loaded is None:
-            learner.objective.begin()
+            if run.world.first:
+                learner.objective.begin()
+            if run.world.size > 1:  # what was measured is the same for all
+                learner.objective.load_state_dict(run.world.of_first(learner.objective.state_dict()))
         learner.network.to(run.device)
         learner.objective.to(run.device, torch.float32 if run.device.type == "mps" else None)  # Apple's lack float64
         run.restore(learner.parts())
+        learner.world = run.world
+        learner.buffers = distributed.buffers_of([learner.network]) if run.world.size > 1 else ()
         whole = cost.Deployed.of(run.data.info, opt.init_channels, opt.layers, affine=False)
         announce(run, cost.supernet_cost(opt.space, opt.nodes, whole))
         rate = learner.alpha_optimizer.param_groups[0]["lr"]  # a run of before may go on with another
@@ -159,19 +167,24 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
             lambda row: summarise(row, learner.objective),
         )
         genotype = _chosen(run, learner) if opt.select else learner.network.genotype()
-        utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
-        print(f"genotype {run.folder / 'genotype.json'}")
-        pictures = []
-        try:
-            pictures = visualize.draw_genotype(genotype, place, f"_epoch_{run.epoch}", learner.network.alphas())
-        except OSError as error:  # the search itself has ended well
-            print(f"note: the cells are not drawn: {options.in_words(error)}")
-        margins = [sampling.margin(alpha).item() for alpha in learner.network.alphas()]
-        for warning in doubts(genotype, opt.layers, opt.select > 0, *margins):
-            print(warning)
-        if pictures:
-            print(f"pictures {', '.join(str(path) for path in pictures)}")
+        pictures = _leave(run, genotype, learner.network.alphas(), place) if run.world.first else []
         return Found(run.folder, genotype, row, pictures)
+
+
+def _leave(run: Run[TrainOptions], genotype: genotypes.Genotype, alphas: Sequence[Tensor], place: Path) -> list[Path]:
+    """Write genotype.json, draw the cells, say what there is to doubt; returns the pictures."""
+    utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
+    print(f"genotype {run.folder / 'genotype.json'}")
+    pictures = []
+    try:
+        pictures = visualize.draw_genotype(genotype, place, f"_epoch_{run.epoch}", alphas)
+    except OSError as error:  # the search itself has ended well
+        print(f"note: the cells are not drawn: {options.in_words(error)}")
+    for warning in doubts(genotype, run.opt.layers, run.opt.select > 0, *(sampling.margin(a).item() for a in alphas)):
+        print(warning)
+    if pictures:
+        print(f"pictures {', '.join(str(path) for path in pictures)}")
+    return pictures
 
 
 def _chosen(run: Run[TrainOptions], learner: Learner) -> genotypes.Genotype:
@@ -184,7 +197,8 @@ def _chosen(run: Run[TrainOptions], learner: Learner) -> genotypes.Genotype:
     candidates = selection.select(run, learner.network, learner.objective.price)
     seconds = time.perf_counter() - start
     record = {"seconds": seconds, "children": [candidate.to_dict() for candidate in candidates]}
-    utils.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    if run.world.first:
+        utils.write_atomic(path, json.dumps(record, indent=1) + "\n")
     print(selection.in_words(candidates))
     return candidates[0].genotype if candidates else learner.network.genotype()
 
@@ -203,7 +217,7 @@ def _train_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[s
     network = learner.network.train()
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
-        source = run.generator("z", number)
+        source = run.generator("z", number, *run.world.label)
         z = network.sample(temperature(opt, epoch, number), source, opt.resample_cell, opt.sampler)
         if epoch <= opt.warmup_epochs:
             z = z.detach()
@@ -231,7 +245,8 @@ def _evaluate_epoch(run: Run[TrainOptions], learner: Learner, epoch: int, temper
     fresh = network.sample(temperature, run.generator("valid", epoch), opt.resample_cell, opt.sampler)
     row: dict[str, Any] = {}
     for prefix, z in (("valid", fresh), ("child_valid", child)):
-        figures = evaluate_z(network, z, run.autocast(), run.plain_train_batches(epoch), run.batches("valid"))
+        images = run.plain_train_batches(epoch), run.batches("valid")
+        figures = evaluate_z(network, z, run.autocast(), *images, run.world)
         row |= {f"{prefix}_{name}": value for name, value in figures._asdict().items()}
     row["child_free_share"] = genotypes.free_share(network.genotype())
     row["entropy_normal"], row["entropy_reduce"] = (sampling.entropy(alpha).item() for alpha in network.alphas())

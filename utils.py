@@ -177,19 +177,22 @@ class MetricLog:
     """metrics.jsonl, one row an epoch, and the same rows as TensorBoard events.
 
     Args:
-        folder: the run directory.
+        folder: the run directory; None writes nothing, as in the other processes of a run.
         epoch: rows after this epoch are dropped; afterwards `self.epoch` is that of the last row, 0 if none.
     """
 
-    def __init__(self, folder: Path, epoch: int = 0) -> None:
-        self.path = folder / "metrics.jsonl"
-        rows = [row for row in read_metrics(self.path) if row["epoch"] <= epoch] if self.path.exists() else []
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+    def __init__(self, folder: Path | None, epoch: int = 0) -> None:
         self._writer: Any = None
-        self.epoch = rows[-1]["epoch"] if rows else 0
+        self.path, self.epoch = folder and folder / "metrics.jsonl", epoch
+        if self.path is not None:
+            rows = [row for row in read_metrics(self.path) if row["epoch"] <= epoch] if self.path.exists() else []
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            self.epoch = rows[-1]["epoch"] if rows else 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one epoch's row; numbers become scalars of TensorBoard under the same names."""
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self._writer is None:

@@ -26,7 +26,7 @@ from loading.sets import DataInfo
 from model import ChildNetwork, sees_images
 from options import UserError
 from options.child_option import ChildOptions
-from training import checkpoint, evaluation, loop
+from training import checkpoint, distributed, evaluation, loop
 from training.opening import check_same_options, open_run
 from training.run import Run, Stateful, announce
 
@@ -97,14 +97,16 @@ def run_retrain(opt: ChildOptions) -> Tested:
         if learner.average is not None:
             learner.average.to(run.device)
         run.restore(learner.parts())
+        buffers = distributed.buffers_of([learner.network]) if run.world.size > 1 else []
         announce(run, source.price(opt, genotype, run.data.info))
         if opt.compile:
             loop.compile_cells(learner.network.cells)
-        loop.fit(run, lambda epoch: _one_epoch(run, learner, epoch), summarise)
+        loop.fit(run, lambda epoch: _one_epoch(run, learner, epoch, buffers), summarise)
         result = testing.test(run, learner.evaluated(), genotype, run.folder / "guesses.csv")
-        if genotype is not None:
+        if genotype is not None and run.world.first:
             utils.write_atomic(run.folder / "genotype.json", genotype.to_json() + "\n")
-        utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
+        if run.world.first:
+            utils.write_atomic(run.folder / "test.json", json.dumps(result, indent=1) + "\n")
         print(f"test     {testing.in_words(result)}\n         {run.folder / 'test.json'}")
         return Tested(run.folder, genotype, result)
 
@@ -176,18 +178,18 @@ def _initial(run: Run[ChildOptions], opt: ChildOptions, genotype: Genotype | Non
                 "give the search's own --init_channels and --layers"
             )
         network.to(run.device)
-        evaluation.estimate_statistics(network, network, run.plain_train_batches(0))
+        evaluation.estimate_statistics(network, network, run.plain_train_batches(0), run.world)
     return network.to(run.device)
 
 
-def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int) -> dict[str, Any]:
+def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int, buffers: Sequence[Tensor]) -> dict[str, Any]:
     opt = run.opt
     network, start = learner.network.train(), run.began(epoch)
     network.drop_path_prob = opt.drop_path_prob * (epoch - 1) / max(1, opt.epochs - 1)
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
         logits, loss = _loss(run, network, images, targets)
-        loop.update(loss, [(learner.optimizer, opt.grad_clip)], opt.on_nonfinite == "skip")
+        loop.update(loss, [(learner.optimizer, opt.grad_clip)], opt.on_nonfinite == "skip", run.world, buffers)
         if opt.schedule == "onecycle":
             learner.scheduler.step()
         if learner.average is not None:
@@ -199,7 +201,7 @@ def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int) -> dic
     if opt.schedule != "onecycle":
         learner.scheduler.step()
     if not opt.use_valid:
-        figures = evaluation.evaluate(testing.logits_of(run, learner.evaluated()), run.batches("valid"))
+        figures = evaluation.evaluate(testing.logits_of(run, learner.evaluated()), run.batches("valid"), run.world)
         row |= {f"valid_{name}": value for name, value in figures._asdict().items()}
     return row | {"epoch_seconds": time.perf_counter() - start}
 

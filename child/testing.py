@@ -64,8 +64,8 @@ def test(run: Run[ChildOptions], network: Trainable, genotype: Genotype | None, 
         guesses: a file for what was guessed of every image, see write_guesses; None for none.
     """
     opt, info = run.opt, run.data.info
-    logits, labels = evaluation.predict(logits_of(run, network, opt.test_flip), run.batches("test"))
-    if guesses is not None:
+    logits, labels = evaluation.predict(logits_of(run, network, opt.test_flip), run.batches("test"), run.world)
+    if guesses is not None and run.world.first:
         write_guesses(guesses, run.data.split["test"], info.classes, logits, labels)
     return {
         **test_figures(logits, labels, info.classes),

@@ -180,16 +180,19 @@ class Data:
             return stored
         return stored._replace(split={p: [f"{opt.dataset}/{name}" for name in n] for p, n in stored.split.items()})
 
-    def train_batches(self, batch_size: int, epoch: int, device: torch.device, first: int = 0) -> Batches:
+    def train_batches(
+        self, batch_size: int, epoch: int, device: torch.device, first: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Batches:
         """The augmented batches of an epoch: (images (B, C, H, W) float32, labels (B,)) on the device.
 
         Args:
             first: the step (0..) to begin with; what comes is what would have come without it.
+            part: (k, n) gives every n-th image of a batch from the k-th (0..) on.
         """
         order = self._draw(utils.generator("cpu", self._seed, "train", epoch))
         for step in range(first, self.info.steps(batch_size)):
-            chosen = order[step * batch_size : (step + 1) * batch_size]
-            random = utils.generator("cpu", self._seed, "augmentation", epoch, step)
+            chosen = order[step * batch_size : (step + 1) * batch_size][part[0] :: part[1]]
+            random = utils.generator("cpu", self._seed, "augmentation", epoch, step, *([part[0]] if part[0] else []))
             yield self._batch(chosen, device, self._augmentation, random)
 
     def plain_train_batches(self, batch_size: int, count: int, epoch: int, device: torch.device) -> Batches:

@@ -48,6 +48,8 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split()))
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2)  # of several processes the first says it
         print(f"{self.prog}: error: {text} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -196,7 +198,8 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 def entry(main: Callable[[], Any]) -> None:
     """Run a script's main as a program: bad input is one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
-    name = Path(sys.argv[0]).name
+    rank = os.environ.get("RANK", "0")  # of several processes
+    name = Path(sys.argv[0]).name + (f" (process {rank})" if rank != "0" else "")
     signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show does not end a run
         if isinstance(stream, io.TextIOWrapper):

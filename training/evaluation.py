@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loading.batches import Batches
 from operations import Norm, batch_norms
+from training.distributed import ALONE, World
 
 Forward = Callable[[Tensor], Tensor]  # images -> logits (B, classes)
 
@@ -30,9 +31,9 @@ def _evaluating() -> Iterator[None]:
 
 
 @_evaluating()
-def predict(forward: Forward, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) float32 and labels (N,) of all batches, on the CPU."""
-    pairs = [(forward(images).float().cpu(), labels.cpu()) for images, labels in batches]
+def predict(forward: Forward, batches: Batches, world: World = ALONE) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) float32 and labels (N,) of all batches, on the CPU; of several processes each has a share."""
+    pairs = world.join([(forward(images).float().cpu(), labels.cpu()) for images, labels in batches])
     logits, labels = zip(*pairs, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
@@ -66,13 +67,15 @@ def figures(logits: Tensor, labels: Tensor) -> Figures:
     return Figures(loss, 100 * table.diagonal().sum().item() / len(labels), 100 * recalls(table).nanmean().item())
 
 
-def evaluate(forward: Forward, batches: Batches) -> Figures:
-    """Loss and accuracies over all batches."""
-    return figures(*predict(forward, batches))
+def evaluate(forward: Forward, batches: Batches, world: World = ALONE) -> Figures:
+    """Loss and accuracies over all batches, see predict."""
+    return figures(*predict(forward, batches, world))
 
 
 @_evaluating()
-def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> None:
+def estimate_statistics(
+    module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches, world: World = ALONE
+) -> None:
     """Set every batch norm of `module` to the mean and variance of what it sees in all batches together.
 
     The variance of all is the mean of the batches' variances plus the variance of their means. (Each batch is
@@ -81,7 +84,7 @@ def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], bat
     Args:
         module: left in eval mode; drop path and dropout do not act.
         forward: images -> anything, running the module.
-        batches: of any sizes.
+        batches: of any sizes. world: of several processes each has a share of them.
     """
     module.eval()
     try:
@@ -92,25 +95,41 @@ def estimate_statistics(module: nn.Module, forward: Callable[[Tensor], Any], bat
             seen, so_far = 0, [(torch.zeros(()), torch.zeros(()))] * len(norms)
             for images, _ in batches:
                 forward(images)
-                seen += len(images)
-                so_far = [_merged(norm, *both, len(images) / seen) for norm, both in zip(norms, so_far, strict=True)]
+                seen, so_far = _merged(seen, so_far, len(images), [_statistics(norm) for norm in norms])
+            if world.size > 1:
+                parts = world.gather((seen, [(mean.cpu(), var.cpu()) for mean, var in so_far]))
+                seen = 0
+                for part in parts:
+                    seen, so_far = _merged(seen, so_far, *part)
             for norm, (mean, var) in zip(norms, so_far, strict=True) if seen else ():
                 norm.load_state_dict({"running_mean": mean, "running_var": var}, strict=False)
     finally:
         module.eval()
 
 
-def _merged(norm: Norm, mean: Tensor, var: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) with those of the norm's last batch, which is this share of all images so far."""
+Statistics = list[tuple[Tensor, Tensor]]  # mean and variance (C,) of each norm
+
+
+def _statistics(norm: Norm) -> tuple[Tensor, Tensor]:
     assert norm.running_mean is not None and norm.running_var is not None
-    if share == 1:
-        return norm.running_mean.clone(), norm.running_var.clone()
-    away = norm.running_mean - mean
-    return mean + share * away, var + share * (norm.running_var - var) + share * (1 - share) * away**2
+    return norm.running_mean.clone(), norm.running_var.clone()
+
+
+def _merged(seen: int, so_far: Statistics, count: int, more: Statistics) -> tuple[int, Statistics]:
+    """Images and statistics with those of `count` more images."""
+    if not seen or not count:
+        return seen + count, more if count else so_far
+    share, merged = count / (seen + count), []
+    for (mean, var), (its_mean, its_var) in zip(so_far, more, strict=True):
+        away = its_mean - mean
+        merged.append((mean + share * away, var + share * (its_var - var) + share * (1 - share) * away**2))
+    return seen + count, merged
 
 
 @contextmanager
-def calibrated(module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches) -> Iterator[None]:
+def calibrated(
+    module: nn.Module, forward: Callable[[Tensor], Any], batches: Batches, world: World = ALONE
+) -> Iterator[None]:
     """Inside, `module` is in eval mode with the batch-norm statistics of `forward`; afterwards it is as before.
 
     A supernet's running averages mix the statistics of every Z it met and suit none of them, least of all
@@ -121,7 +140,7 @@ def calibrated(module: nn.Module, forward: Callable[[Tensor], Any], batches: Bat
         before = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
         training = module.training
         try:
-            estimate_statistics(module, forward, batches)
+            estimate_statistics(module, forward, batches, world)
             yield
         finally:
             for norm, state in zip(norms, before, strict=True):

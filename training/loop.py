@@ -1,7 +1,7 @@
 """What every kind of training shares: the update, an epoch, the loop over epochs."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
+from training.distributed import ALONE, World
 from training.run import Run, check_finite, duration, no_number
 
 Step = tuple[Tensor, Tensor, Mapping[str, Tensor]]  # logits (B, classes), loss, further scalars
@@ -37,9 +38,10 @@ def _widest(device: torch.device) -> torch.dtype:
 class Mean:
     """Running mean of scalars that stay on their device; weighted by the number of images."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self._sums: dict[str, Tensor] = {}
-        self.count = 0  # of images
+        self.count = 0  # of images, in this process
 
     def add(self, values: Mapping[str, Tensor], count: int) -> None:
         """Add the means of `count` images."""
@@ -48,33 +50,49 @@ class Mean:
             self._sums[name] = self._sums[name] + term if name in self._sums else term
         self.count += count
 
-    def values(self) -> dict[str, float]:
-        """The means so far; waits for the device."""
-        return {name: total.item() / self.count for name, total in self._sums.items()}
+    def totals(self) -> dict[str, Any]:
+        """The sums and the count over all processes, for a checkpoint; waits for the device and for all processes."""
+        own = [*(total.item() for total in self._sums.values()), float(self.count)]
+        *sums, count = self._world.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        return {"sums": dict(zip(self._sums, sums, strict=True)), "count": int(count)}
 
-    def state(self) -> dict[str, Any]:
-        """The sums and the count, for a checkpoint."""
-        return {"sums": dict(self._sums), "count": self.count}
+    def values(self) -> dict[str, float]:
+        """The means so far."""
+        totals = self.totals()
+        return {name: total / totals["count"] for name, total in totals["sums"].items()}
 
     def go_on(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """From a state."""
-        self._sums, self.count = {name: total.to(device) for name, total in state["sums"].items()}, state["count"]
+        """From the totals of before, which the first process has."""
+        if not self._world.first:
+            return
+        self._sums = {
+            name: torch.tensor(total, dtype=_widest(device), device=device) for name, total in state["sums"].items()
+        }
+        self.count = state["count"]
 
 
 class NonFinite(ArithmeticError):
     """A loss or a gradient is no number; nothing was stepped."""
 
 
-def update(loss: Tensor, optimizers: Iterable[tuple[torch.optim.Optimizer, float]], check: bool = False) -> None:
+def update(
+    loss: Tensor,
+    optimizers: Iterable[tuple[torch.optim.Optimizer, float]],
+    check: bool = False,
+    world: World = ALONE,
+    buffers: Sequence[Tensor] = (),
+) -> None:
     """One backward pass, then for every (optimizer, limit): clip the norm of its gradient, step.
 
     Args:
         check: raise NonFinite where it applies on a GPU too, which waits for the GPU.
+        world: of several processes, whose gradients are averaged. buffers: what is averaged with them.
     """
     optimizers = list(optimizers)
     for optimizer, _ in optimizers:
         optimizer.zero_grad()
     loss.backward()
+    loss = world.average(loss, [p for one, _ in optimizers for p in one.param_groups[0]["params"]], buffers)
     norms = [nn.utils.clip_grad_norm_(one.param_groups[0]["params"], limit) for one, limit in optimizers]
     if check or loss.device.type == "cpu":
         for name, value in [("loss", loss), *(("norm of the gradient", norm) for norm in norms)]:
@@ -138,7 +156,7 @@ class _Epoch:
     def __init__(self, run: Run[Any], epoch: int, head: Mapping[str, Any]) -> None:
         inside = run.within(epoch)
         self._run, self._epoch, self._start, self._saved = run, epoch, run.began(epoch), time.perf_counter()
-        self.first, self.mean, self._head = inside.get("steps", 0), Mean(), dict(inside.get("head", head))
+        self.first, self.mean, self._head = inside.get("steps", 0), Mean(run.world), dict(inside.get("head", head))
         if inside:
             self.mean.go_on(inside["mean"], run.device)
         degrees = self._head.get("temperature")
@@ -148,7 +166,7 @@ class _Epoch:
     def take(self, step: Callable[[int, Tensor, Tensor], Step], index: int, images: Tensor, targets: Tensor) -> None:
         """One step of the epoch, 0.., whose random numbers are its own."""
         number = (self._epoch - 1) * self._run.steps + index
-        torch.manual_seed(utils.fold(self._run.opt.seed, "step", number))  # drop path
+        torch.manual_seed(utils.fold(self._run.opt.seed, "step", number, *self._run.world.label))  # drop path
         self.tolerance.keep()
         try:
             logits, loss, terms = step(number, images, targets)
@@ -157,9 +175,16 @@ class _Epoch:
         except NonFinite as error:
             self.tolerance.skip(error, number)
 
-    def due(self) -> bool:
-        """Whether a checkpoint has to be written now."""
-        return self._run.stop.told or time.perf_counter() - self._saved > 60 * self._run.opt.save_every_minutes
+    def due(self, steps: int) -> bool:
+        """Whether a checkpoint has to be written after so many; several processes agree, now and then."""
+        run = self._run
+        late = time.perf_counter() - self._saved > 60 * run.opt.save_every_minutes
+        if run.world.size > 1:
+            if steps % run.opt.report_freq and steps < run.steps:
+                return False
+            told, late = map(max, zip(*run.world.gather((run.stop.number or 0, late)), strict=True))
+            run.stop.number = told or None
+        return late or run.stop.told
 
     def figures(self) -> dict[str, float]:
         """The running ones; raises UserError where they are no numbers."""
@@ -171,13 +196,13 @@ class _Epoch:
     def save(self, steps: int) -> None:
         """Write the checkpoint after so many steps of the epoch."""
         self._saved = time.perf_counter()
-        state = {"steps": steps, "seconds": self._saved - self._start, "head": self._head, "mean": self.mean.state()}
+        state = {"steps": steps, "seconds": self._saved - self._start, "head": self._head, "mean": self.mean.totals()}
         self._run.save_within({**state, "skipped": self.tolerance.skipped})
 
     def row(self) -> dict[str, Any]:
         """What metrics.jsonl says of its training."""
         more = {"skipped_steps": self.tolerance.skipped} if self.tolerance.skips else {}
-        speed = {"images_per_second": self.mean.count / (time.perf_counter() - self._start)}
+        speed = {"images_per_second": self.mean.totals()["count"] / (time.perf_counter() - self._start)}
         return {**self._head, **self.mean.values(), **more, **speed}
 
 
@@ -209,13 +234,13 @@ def train_epoch(
     with tqdm(batches, title, steps, unit="step", leave=False, disable=None, initial=now.first) as bar:
         for index, (images, targets) in enumerate(bar, now.first):
             now.take(step, index, images, targets)
-            due = now.due()
+            due = now.due(index + 1)
             if now.mean.count and (due or (index + 1) % run.opt.report_freq == 0 or index + 1 == steps):
                 figures = now.figures()
                 bar.set_postfix(loss=f"{figures['train_loss']:.3f}", acc=f"{figures['train_acc']:.1f}")
             if due:
                 now.save(index + 1)
-            run.stop.check()
+                run.stop.check()
             if epoch == run.started + 1:
                 guess.after(index - now.first, run.device)
     return now.row()
@@ -237,19 +262,20 @@ def fit(
     Raises:
         Interrupted: the process was told to stop, and all that it did is kept.
     """
-    log = utils.MetricLog(run.folder, run.epoch)
+    log = utils.MetricLog(run.folder if run.world.first else None, run.epoch)
     try:
         if run.epoch > log.epoch:  # the run died between its checkpoint and its row
             log.add(run.metrics)
-        for epoch in range(run.epoch + 1, run.opt.epochs + 1):
-            with run.stop.watched():
+        with run.stop.watched():
+            for epoch in range(run.epoch + 1, run.opt.epochs + 1):
                 row = {"epoch": epoch, **one_epoch(epoch)}
                 for name, value in row.items():
                     check_finite(run, name, value, epoch)
                 run.save(epoch, row)
                 log.add(row)
-            tqdm.write(summarise(row))
-            run.stop.check()
+                tqdm.write(summarise(row))
+                run.stop.number = max(run.world.gather(run.stop.number or 0)) or None
+                run.stop.check()
     finally:
         log.close()
     return run.metrics

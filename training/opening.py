@@ -6,11 +6,12 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
 
@@ -20,7 +21,8 @@ from loading.batches import Data, write_split
 from loading.records import Given
 from options import UserError
 from options.default_option import RunOptions
-from training import checkpoint
+from training import checkpoint, distributed
+from training.distributed import World
 from training.run import Options, Run
 
 # Options that may change when a run is resumed: what is computed stays the same function of the same images.
@@ -93,11 +95,21 @@ def open_run(
     Raises:
         UserError: the experiment exists or another process writes it, its options differ, or the data cannot be used.
     """
+    with (
+        distributed.joined(opt.device) as (world, device),
+        _opened(opt, stem, given, train_on_valid, world, device) as run,
+    ):
+        yield run
+
+
+@contextmanager
+def _opened(
+    opt: Options, stem: str, given: Callable[[], Given], train_on_valid: bool, world: World, device: torch.device
+) -> Iterator[Run[Options]]:
     folder = Path(opt.experiments_dir) / opt.name
     newest = checkpoint.latest(folder, stem) if opt.resume else None
     if newest is None:
         _check_free(folder, opt, stem)
-    device = utils.pick_device(opt.device)
     loaded = checkpoint.load(newest) if newest else None
     if loaded:
         check_same_options(opt, loaded["options"], folder)
@@ -110,19 +122,16 @@ def open_run(
     else:
         split, carry = given()
         data = Data(opt, split, train_on_valid, carry)
-    with one_writer(folder, "give another --name"):
+    distributed.check(world, opt.batch_size, sum(data.info.counts["train"]))
+    with one_writer(folder, "give another --name") if world.first else nullcontext():
         if newest is None:
             _check_free(folder, opt, stem)  # again: reading the data took its time
         if (checkpoint.latest(folder, stem) if opt.resume else None) != newest:
             raise UserError(f"{folder} was written while the data was read; start again")
-        for pattern in (*_RESULTS, "metrics.jsonl", "events.out.tfevents.*") if opt.overwrite else ():
-            utils.clear(folder, pattern)
+        if world.first:
+            _begin(folder, opt, data)
         opt = replace(opt, overwrite=False)  # was asked once: options.yaml does not ask again
-        utils.clear(folder, ".*.tmp")  # of a process that was killed while it wrote
-        command = shlex.join(["python", Path(sys.argv[0]).name, "--config", str(folder / "options.yaml")])
-        options.save(opt, folder / "options.yaml", command)
-        write_split(folder / "split.json", data, opt)
-        run = Run(opt, stem, folder, device, data, loaded["epoch"] if loaded else 0, loaded)
+        run = Run(opt, stem, folder, device, data, loaded["epoch"] if loaded else 0, loaded, world=world)
         try:
             yield run
         except KeyboardInterrupt as interrupt:
@@ -134,6 +143,9 @@ def open_run(
         except OSError as error:
             raise UserError(f"{options.in_words(error)}; last good checkpoint: {run.last_good()}") from None
         except (MemoryError, RuntimeError) as error:
+            if world.size > 1 and distributed.lost(error):
+                words = "another process of this run has ended, see what it says"
+                raise UserError(f"{words}; last good checkpoint: {run.last_good()}") from None
             if not options.out_of_memory(error):
                 raise
             less = "--batch_size, --eval_batch_size, --init_channels or --layers"
@@ -141,6 +153,17 @@ def open_run(
                 f"out of memory; take less of {less}{' or --recompute True' if hasattr(opt, 'recompute') else ''}; "
                 f"last good checkpoint: {run.last_good()}"
             ) from None
+
+
+def _begin(folder: Path, opt: RunOptions, data: Data) -> None:
+    """Write what a run says of itself before its first step."""
+    for pattern in (*_RESULTS, "metrics.jsonl", "events.out.tfevents.*") if opt.overwrite else ():
+        utils.clear(folder, pattern)
+    utils.clear(folder, ".*.tmp")  # of a process that was killed while it wrote
+    command = shlex.join(["python", Path(sys.argv[0]).name, "--config", str(folder / "options.yaml")])
+    # --overwrite was asked once: options.yaml does not ask again
+    options.save(replace(opt, overwrite=False), folder / "options.yaml", command)
+    write_split(folder / "split.json", data, opt)
 
 
 def _same_data(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:

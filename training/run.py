@@ -16,6 +16,7 @@ from loading.batches import Batches, Data
 from options import UserError
 from options.default_option import RunOptions
 from training import checkpoint
+from training.distributed import ALONE, World
 from training.stopping import Stop
 
 
@@ -45,6 +46,7 @@ class Run(Generic[Options]):
     parts: Mapping[str, Stateful] = field(default_factory=dict)  # all that learns or counts, see restore
     metrics: dict[str, Any] = field(default_factory=dict)  # the row of the last finished epoch
     stop: Stop = field(default_factory=Stop)
+    world: World = ALONE  # the processes that share it
 
     @property
     def started(self) -> int:
@@ -66,24 +68,26 @@ class Run(Generic[Options]):
         return self.data.info.steps(self.opt.batch_size)
 
     def train_batches(self, epoch: int, first: int = 0) -> Batches:
-        """The augmented training batches of an epoch from the step `first` on, on the device."""
-        return self.data.train_batches(self.opt.batch_size, epoch, self.device, first)
+        """This process's share of the augmented training batches of an epoch, from the step `first` on."""
+        part = self.world.rank, self.world.size
+        return self.data.train_batches(self.opt.batch_size, epoch, self.device, first, part)
 
     def plain_train_batches(self, epoch: int) -> Batches:
-        """Training images for the statistics of batch norms, on the device."""
+        """This process's share of training images for the statistics of batch norms, on the device."""
         opt = self.opt
-        return self.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, self.device)
+        every = self.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, self.device)
+        return self.world.share(iter(every))
 
     def batches(self, split: str) -> Batches:
-        """All images of a split, on the device."""
-        return self.data.batches(split, self.opt.eval_batch_size, self.device)
+        """This process's share of the images of a split, on the device."""
+        return self.world.share(iter(self.data.batches(split, self.opt.eval_batch_size, self.device)))
 
     def autocast(self) -> torch.autocast:
         """The precision of the run as a context."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.opt.precision == "bf16")
 
     def generator(self, *labels: str | int) -> torch.Generator:
-        """Random numbers on the device for one purpose at one moment, e.g. run.generator("z", step)."""
+        """Random numbers on the device for one purpose at one moment, e.g. run.generator("valid", epoch)."""
         return utils.generator(self.device, self.opt.seed, *labels)
 
     def last_good(self) -> Path | str:
@@ -112,6 +116,8 @@ class Run(Generic[Options]):
         """Write the checkpoint of an epoch; drop the one before unless save_freq keeps it, and those within it."""
         inside, before = checkpoint.within(self.folder, self.stem).values(), self.epoch
         self.epoch, self.metrics = epoch, dict(metrics)
+        if not self.world.first:
+            return
         checkpoint.save(checkpoint.path_of(self.folder, self.stem, epoch), self._content())
         dropped = [checkpoint.path_of(self.folder, self.stem, before)] if before and before % self.opt.save_freq else []
         for path in (*inside, *dropped):
@@ -123,6 +129,8 @@ class Run(Generic[Options]):
         Args:
             state: steps of this epoch that are done, seconds it has taken, and what else it has to go on with.
         """
+        if not self.world.first:
+            return
         before = checkpoint.within(self.folder, self.stem)
         path = checkpoint.path_of(self.folder, self.stem, self.epoch + 1, state["steps"])
         checkpoint.save(path, {**self._content(), "within": dict(state)})
@@ -170,6 +178,7 @@ def announce(run: Run[Any], costs: Mapping[str, int]) -> None:
     rarest, commonest = min(info.counts["train"]), max(info.counts["train"])
     shown = ", ".join(info.classes[:3]) + (", ..." if len(info.classes) > 3 else "")
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    threads += f", {run.world.size} processes" if run.world.size > 1 else ""
     print(f"device   {run.device}{threads}, {opt.precision}{', compiled' if opt.compile else ''}")
     if run.device.type == "cpu" and opt.compile:
         print("warning: --compile True gains nothing on a CPU: the fused kernels are faster, leave it out")

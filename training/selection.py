@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from objective import Objective
 from options.default_option import TrainOptions
 from sampling import Z
 from training import evaluation, loop
+from training.distributed import ALONE, World
 from training.evaluation import Figures
 from training.run import Run
 
@@ -46,15 +48,17 @@ class Candidate(NamedTuple):
         }
 
 
-def evaluate_z(network: Network, z: Z, autocast: torch.autocast, calibration: Batches, batches: Batches) -> Figures:
+def evaluate_z(
+    network: Network, z: Z, autocast: torch.autocast, calibration: Batches, batches: Batches, world: World = ALONE
+) -> Figures:
     """The supernet at one Z on some batches; batch-norm statistics are estimated for it on training images."""
 
     def forward(images: Tensor) -> Tensor:
         with autocast:
             return network(images, z)
 
-    with evaluation.calibrated(network, forward, calibration):
-        return evaluation.evaluate(forward, batches)
+    with evaluation.calibrated(network, forward, calibration, world):
+        return evaluation.evaluate(forward, batches, world)
 
 
 def select(run: Run[TrainOptions], network: Network, price: Callable[[Z], float]) -> list[Candidate]:
@@ -74,17 +78,19 @@ def select(run: Run[TrainOptions], network: Network, price: Callable[[Z], float]
     def dear(genotype: Genotype, figures: Figures) -> float:
         return figures.loss + price(network.one_hot(genotype))
 
-    bar = tqdm(drawn, "children", unit="child", leave=False, disable=None)
-    every = [Candidate(genotype, figures_of(run, network, genotype)) for genotype in bar]
+    mine = [*run.world.share(iter(drawn))]  # of several processes each looks at its share
+    bar = tqdm(mine, "children", unit="child", leave=False, disable=None)
+    every = run.world.join([Candidate(genotype, figures_of(run, network, genotype)) for genotype in bar])
     ranked = [candidate for candidate in every if math.isfinite(candidate.shared.loss)]
     ranked.sort(key=lambda candidate: dear(candidate.genotype, candidate.shared))
     finalists = []
-    for number, candidate in enumerate(ranked[:trained]):
+    for number, candidate in run.world.share(enumerate(ranked[:trained])):
         with suppress(loop.NonFinite):  # it is left out
             figures = _trained(run, network, candidate.genotype, f"finalist {number + 1}/{trained}")
             if math.isfinite(figures.loss):
                 finalists.append((dear(candidate.genotype, figures), number, candidate._replace(trained=figures)))
-    return [candidate for _, _, candidate in sorted(finalists, key=lambda one: one[:2])] + ranked[trained:]
+    best = sorted([one for its in run.world.gather(finalists) for one in its], key=lambda one: one[:2])
+    return [candidate for _, _, candidate in best] + ranked[trained:]
 
 
 def draw(network: Network, count: int, generator: torch.Generator, price: Callable[[Z], float]) -> Iterator[Genotype]:
@@ -109,9 +115,9 @@ def draw(network: Network, count: int, generator: torch.Generator, price: Callab
 
 
 def figures_of(run: Run[TrainOptions], network: Network, genotype: Genotype) -> Figures:
-    """Of a child with the supernet's weights, on the validation split of the run."""
-    z = network.one_hot(genotype)
-    return evaluate_z(network, z, run.autocast(), run.plain_train_batches(run.epoch), run.batches("valid"))
+    """Of a child with the supernet's weights, on the validation split of the run; all of it in this process."""
+    z, alone = network.one_hot(genotype), replace(run, world=ALONE)
+    return evaluate_z(network, z, run.autocast(), alone.plain_train_batches(run.epoch), alone.batches("valid"))
 
 
 def _trained(run: Run[TrainOptions], network: Network, genotype: Genotype, title: str) -> Figures:
@@ -124,7 +130,7 @@ def _trained(run: Run[TrainOptions], network: Network, genotype: Genotype, title
     torch.manual_seed(utils.fold(opt.seed, "finalist"))  # drop path
     with tqdm(total=total, desc=title, unit="step", leave=False, disable=None) as bar:
         for epoch in range(opt.finalist_epochs):
-            for images, targets in run.train_batches(opt.epochs + 1 + epoch):
+            for images, targets in replace(run, world=ALONE).train_batches(opt.epochs + 1 + epoch):
                 with run.autocast():
                     logits = own(images, z)
                 loop.update(

@@ -1,19 +1,24 @@
 """Being told to stop: at the first SIGINT or SIGTERM a run ends after its step, at the second at once."""
 
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from options import Interrupted
 
+_AGAIN = 1.0  # seconds after which a signal is a second one: torchrun hands on what its processes got themselves
+
 
 class Stop:
     """Whether the process was told to stop, and by which signal. One that it was started to ignore is ignored."""
 
     number: int | None = None
+    _when = 0.0
 
     @property
     def told(self) -> bool:
@@ -22,7 +27,10 @@ class Stop:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, the first signal is only remembered; the second acts as it does outside. In the main thread only."""
+        """Inside, the first signal is only remembered; the second acts as it does outside. In the main thread only.
+
+        After the first one it stays so outside, where the process is about to end.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # signals are another's
             return
@@ -34,16 +42,22 @@ class Stop:
                 signal.signal(number, handler)
 
         def told(number: int, frame: FrameType | None) -> None:
-            self.number = number
-            restore()
-            print("\nstopping after this step; once more stops at once, without saving", file=sys.stderr, flush=True)
+            if self.number is None:
+                self.number, self._when = number, time.monotonic()
+                print(
+                    "\nstopping after this step; once more stops at once, without saving", file=sys.stderr, flush=True
+                )
+            elif time.monotonic() - self._when > _AGAIN:
+                restore()
+                os.kill(os.getpid(), number)
 
         try:
             for number in before:
                 signal.signal(number, told)
             yield
         finally:
-            restore()
+            if not self.told:
+                restore()
 
     def check(self) -> None:
         """Raise Interrupted if the process was told to."""
