@@ -1,101 +1,86 @@
-"""Images a second of the search step on several processes with averaged gradients, against one process.
+"""An epoch of main.py under torchrun on several processes of one thread each, against one such process.
 
     python -m benchmarks.scaling
 
-Every process has one thread and its own batch, PyTorch's DistributedDataParallel (gloo) averages the gradients of
-theta and alpha, and all draw the same Z. main.py itself runs in one process; this is what a distributed one would give.
+The processes share every step's images; a step has the same number of images for one process as for several.
 """
 
-import socket
+import os
 import statistics
-import time
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import options
+import utils
 from benchmarks import record
-from benchmarks.record import Rounds
-from model_search import Network
-from training import loop
+from benchmarks.record import ROOT, Rounds
+from options import UserError
 
 
 @dataclass(frozen=True)
 class ScalingOptions(Rounds):
     """What is measured."""
 
+    rounds: PositiveInt = 3
+    """Runs of each, in turns, of which the last epoch counts."""
     processes: PositiveInt = 2
     """Processes that share the work."""
-    init_channels: PositiveInt = 16
-    """C."""
-    layers: PositiveInt = 8
-    """Cells."""
-    batch_size: PositiveInt = 32
-    """Images of a process."""
-    image_size: PositiveInt = 32
-    """Side in pixels."""
-
-
-class _Sampling(nn.Module):
-    """The supernet with the draw of Z inside, so that alpha's gradients are averaged too."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor, seed: int) -> Tensor:
-        logits: Tensor = self.network(images, self.network.sample(1.0, torch.Generator().manual_seed(seed)))
-        return logits
+    dataset: str = "dataset"
+    """A folder with one subfolder of images per class."""
+    search_options: list[str] = field(
+        default_factory=lambda: ["--init_channels=16", "--layers=8", "--batch_size=64", "--epochs=1"]
+    )
+    """Options of main.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
     opt = record.parse(ScalingOptions, argv, "scaling", __doc__)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    queue = mp.get_context("spawn").SimpleQueue()
-    rates: dict[str, list[float]] = {}
-    for count in (1, opt.processes):
-        mp.spawn(_work, (opt, count, address, queue), nprocs=count)  # type: ignore[attr-defined]
-        rates[str(count)] = [count * opt.batch_size / seconds for seconds in queue.get()]
-    one = statistics.median(rates["1"])
-    rows = [[n, record.spread(values, 1), f"{statistics.median(values) / one:.2f}"] for n, values in rates.items()]
+    rows: dict[str, list[dict[str, Any]]] = {"1": [], str(opt.processes): []}
+    with tempfile.TemporaryDirectory() as temporary:
+        _run(opt, 1, Path(temporary), "first")  # the kernels are compiled, the images decoded
+        for number in range(opt.rounds):
+            for count, found in rows.items():
+                found.append(_run(opt, int(count), Path(temporary), f"{count}_{number}"))
+    table = []
+    for count, found in rows.items():
+        figures = {
+            "rate": ([row["images_per_second"] for row in found], [row["images_per_second"] for row in rows["1"]]),
+            "epoch": ([row["epoch_seconds"] for row in rows["1"]], [row["epoch_seconds"] for row in found]),
+        }
+        times = [f"{statistics.median(a / b for a, b in zip(*pair, strict=True)):.2f}" for pair in figures.values()]
+        seconds = [row["epoch_seconds"] for row in found]
+        table.append([count, record.spread(figures["rate"][0], 1), times[0], record.spread(seconds, 1), times[1]])
+    head = ["processes", "images a second in training", "times one", "seconds an epoch, evaluation included"]
     text = (
-        f"C = {opt.init_channels}, {opt.layers} cells, batch {opt.batch_size} a process, {opt.image_size}x"
-        f"{opt.image_size}, one thread a process; n = {opt.rounds} steps, median (lowest to highest), one after the "
-        f"other.\n\n{record.table(['processes', 'images a second', 'times one'], rows)}"
+        f"`torchrun --nproc_per_node=N main.py --dataset {opt.dataset} {' '.join(opt.search_options)}`, one thread a "
+        f"process; n = {opt.rounds} runs in turns, median (lowest to highest).\n\n"
+        f"{record.table([*head, 'times faster than one'], table)}"
     )
-    return record.publish("scaling", opt, {"images_per_second": rates}, text)
+    return record.publish("scaling", opt, {"epochs": rows}, text)
 
 
-def _work(rank: int, opt: ScalingOptions, count: int, address: str, queue: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
-    torch.manual_seed(0)
-    model = DistributedDataParallel(_Sampling(Network(opt.init_channels, 10, opt.layers)))
-    network: Network = model.module.network
-    sgd = torch.optim.SGD(network.thetas(), 0.025, 0.9, weight_decay=3e-4, fused=True)
-    adam = torch.optim.Adam(network.alphas(), 3e-4, fused=True)
-    torch.manual_seed(rank)
-    images = torch.randn(opt.batch_size, 3, opt.image_size, opt.image_size)
-    targets = torch.randint(0, 10, (opt.batch_size,))
-    seconds = []
-    for number in range(opt.rounds + 1):
-        start = time.perf_counter()
-        loop.update(F.cross_entropy(model(images, number), targets), [(sgd, 5.0), (adam, 10.0)])
-        seconds.append(time.perf_counter() - start)
-    if rank == 0:
-        queue.put(seconds[1:])
-    dist.destroy_process_group()
+def _run(opt: ScalingOptions, count: int, place: Path, name: str) -> dict[str, Any]:
+    """The last row of a search."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "main.py"]
+    places = [f"--{kind}_dir={place / kind}" for kind in ("experiments", "visualizations")]
+    command = [*launch, f"--dataset={Path(opt.dataset).resolve()}", *places, f"--name={name}", *opt.search_options]
+    one, cores = {**os.environ, "OMP_NUM_THREADS": "1"}, sorted(os.sched_getaffinity(0))[:count]
+    alone = partial(os.sched_setaffinity, 0, cores)  # a core for each: more than one gives a process no more threads
+    done = subprocess.run(command, cwd=ROOT, env=one, capture_output=True, text=True, preexec_fn=alone)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise UserError(f"main.py failed: {next((line for line in said if 'error: ' in line), said[-1])}")
+    row: dict[str, Any] = utils.read_metrics(place / "experiments" / name / "metrics.jsonl")[-1]
+    return row
 
 
 if __name__ == "__main__":

@@ -124,14 +124,22 @@ def test_the_first_step_is_timed_cold_and_warm(tiny: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_growth_and_scaling_give_a_row_for_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_and_scaling_give_a_row_for_every_size(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(growth, "SIZES", {"batch_size": [2, 4]})
     monkeypatch.setattr(growth, "_BASE", {"batch_size": 2, "layers": 3, "init_channels": 2, "image_size": 8})
     result = growth.main(["--rounds=1", "--device=cpu", f"--out={tmp_path}"])
     assert result["batch_size"]["slopes"]["flops"] == pytest.approx(1, abs=0.01)
-    small = ["--init_channels=2", "--layers=3", "--batch_size=2", "--image_size=8", "--rounds=2"]
-    rates = scaling.main([*small, f"--out={tmp_path}"])["images_per_second"]
-    assert {*rates} == {"1", "2"} and all(len(values) == 2 for values in rates.values())
+    small = ["--init_channels=2", "--layers=3", "--batch_size=4", "--epochs=1"]
+    given = [f"--search_options={json.dumps(small)}", f"--dataset={tiny}", "--rounds=1"]
+    epochs = scaling.main([*given, f"--out={tmp_path}"])["epochs"]
+    assert {*epochs} == {"1", "2"} and all(row["images_per_second"] > 0 for rows in epochs.values() for row in rows)
+    assert "| 2 |" in (tmp_path / "performance.md").read_text()
+    with pytest.raises(UserError, match=r"main.py failed: .*multiple of 2"):
+        scaling.main(
+            [*given[1:], f"--search_options={json.dumps(['--batch_size=3', *small[:2]])}", f"--out={tmp_path}"]
+        )
 
 
 def test_the_sweep_skips_what_is_done_and_draws_the_rest(arguments: list[str], tmp_path: Path) -> None:

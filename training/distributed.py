@@ -124,7 +124,8 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         chosen = torch.device("cuda", here)
         torch.cuda.set_device(chosen)
     elif os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1 where nothing is set
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // near))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // near))
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
         if rank == 0:
