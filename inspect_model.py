@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected:
 
     folder, place = Path(opt.experiments_dir) / opt.experiment, Path(opt.visualizations_dir) / opt.experiment
     content = checkpoint.load(_checkpoint_path(folder, opt))
+    content["metrics"] = _Row(content["metrics"])
     if opt.visualize:
         utils.claim(place, folder, "visualizations_dir")
     if opt.out is not None:
@@ -117,6 +118,13 @@ def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
     if epoch not in known:
         raise UserError(f"--epoch {epoch} is not kept in {folder}; there are {', '.join(map(str, known))}")
     return checkpoint.path_of(folder, "weights", epoch)
+
+
+class _Row(dict[str, Any]):
+    """A row of metrics.jsonl."""
+
+    def __missing__(self, column: str) -> Any:
+        raise UserError(f"the checkpoint has no {column} among its metrics: it is not main.py's; take another --epoch")
 
 
 def _report(

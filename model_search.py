@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sampling
+import utils
 from fused import operation as kernels
 from genotypes import NONE, SPACES, CellPlan, Genotype, cell_plan, derive, edge_list, num_edges
 from operations import (
@@ -142,10 +143,9 @@ class Network(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, content: Mapping[str, Any]) -> "Network":
-        """The supernet of a search's checkpoint (checkpoint.load), with its weights and alpha."""
-        network = cls.of(content["options"], content["data"])
-        network.load_state_dict(content["parts"]["network"])
-        return network
+        """The supernet of a search's checkpoint (checkpoint.load), with its weights and alpha; raises UserError."""
+        opt, state = content["options"], content["parts"]["network"]
+        return utils.rebuilt(lambda: cls.of(opt, content["data"]), state, opt["layers"])
 
     def forward(self, images: Tensor, z: Z) -> Tensor:
         """Images (B, channels, H, W) and Z -> logits (B, classes).

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import operator
 import os
 import platform
 import secrets
@@ -22,6 +23,7 @@ import torch
 from options import UserError
 
 Name = TypeVar("Name", bound=Hashable)
+Module = TypeVar("Module", bound=torch.nn.Module)
 _DAY = 86_400  # seconds
 
 
@@ -173,6 +175,25 @@ def in_turns(contenders: Mapping[Name, Callable[[], float]], rounds: int) -> dic
     return seconds
 
 
+def rebuilt(make: Callable[[], Module], state: Mapping[str, torch.Tensor], layers: int) -> Module:
+    """A network with weights from a file, made once it is known to be of their sizes, so that none takes more memory.
+
+    Args:
+        make: makes it. state: its state_dict. layers: cells that it is to have; 0 if it has none.
+    Raises:
+        UserError: it has other weights.
+    """
+    cells = {name.split(".")[1] for name in state if name.startswith("cells.")}
+    if len(cells) == layers:
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in make().state_dict().items()}
+        if shapes == {name: value.shape for name, value in state.items()}:
+            network = make()
+            network.load_state_dict(state)
+            return network
+    raise UserError("the weights of the checkpoint are not those of a network of its options")
+
+
 class MetricLog:
     """metrics.jsonl, one row an epoch, and the same rows as TensorBoard events.
 
@@ -215,7 +236,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_bytes().splitlines():
         try:
-            rows.append({"epoch": 0, **json.loads(line)})
+            row = {"epoch": 0, **json.loads(line)}
+            row["epoch"] = operator.index(row["epoch"])
+            rows.append(row)
         except (ValueError, TypeError):
             warnings.warn(f"{path}: an unfinished line is left out", stacklevel=2)
     return rows

@@ -187,12 +187,14 @@ def load_child(content: Mapping[str, Any]) -> tuple[Trainable, Genotype | None]:
     opt, info = options.restore(ChildOptions, content["options"]), DataInfo(**content["data"])
     stored = content["extra"]["genotype"]
     genotype = Genotype.from_dict(stored) if stored else None
-    child = make_network(replace(opt, auxiliary=False), genotype, info)
     parts = content["parts"]
     average = {k.removeprefix("module."): v for k, v in parts.get("average", {}).items() if k != "n_averaged"}
     state = average or parts["network"]
-    child.load_state_dict({name: value for name, value in state.items() if not name.startswith("auxiliary.")})
-    return child.eval(), genotype
+    own = {name: value for name, value in state.items() if not name.startswith("auxiliary.")}
+    layers = opt.layers if opt.network == "cells" else 0
+    return utils.rebuilt(
+        lambda: make_network(replace(opt, auxiliary=False), genotype, info), own, layers
+    ).eval(), genotype
 
 
 def inherit(opt: ChildOptions, network: ChildNetwork, genotype: Genotype) -> list[str]:

@@ -1,8 +1,10 @@
 """Decoded images that are kept in a file, which later runs map into memory."""
 
+import hashlib
 import json
 import os
 import re
+import tokenize
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,8 +29,10 @@ def load(path: Path) -> Decoded | None:
     """What was kept there, if it was."""
     try:
         told = json.loads(_beside(path).read_text(encoding="utf-8"))
+        if told["digest"] != _digest(path, told["white"], told["notes"]):
+            return None
         found = Decoded(_map(path), told["white"], told["notes"])
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, tokenize.TokenError):
         return None
     with suppress(OSError):
         os.utime(path)  # used just now
@@ -37,9 +41,10 @@ def load(path: Path) -> Decoded | None:
 
 def keep(path: Path, pixels: Tensor, white: dict[str, float], notes: Sequence[str]) -> None:
     """Write what is in memory; raises OSError."""
-    _tell(path, white, notes)
-    with utils.replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, pixels.numpy())
+    with utils.replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, pixels.numpy())
+        _tell(path, temporary, white, notes)
 
 
 def fill(
@@ -49,7 +54,6 @@ def fill(
 
     The file's space is taken first: a disk that is full later would end the process without a word.
     """
-    _tell(path, white, notes)
     with utils.replacing(path) as temporary:
         mapped = np.lib.format.open_memmap(temporary, "w+", np.uint8, tuple(shape))
         if hasattr(os, "posix_fallocate"):
@@ -57,6 +61,7 @@ def fill(
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         put(mapped)
         mapped.flush()
+        _tell(path, temporary, white, notes)
     return Decoded(_map(path), white, list(notes))
 
 
@@ -80,8 +85,24 @@ def trim(newest: Path, most: float) -> int:
     return removed
 
 
-def _tell(path: Path, white: dict[str, float], notes: Sequence[str]) -> None:
-    utils.write_atomic(_beside(path), json.dumps({"white": white, "notes": list(notes)}))
+def _tell(path: Path, written: Path, white: dict[str, float], notes: Sequence[str]) -> None:
+    told = {"white": white, "notes": list(notes), "digest": _digest(written, white, list(notes))}
+    utils.write_atomic(_beside(path), json.dumps(told))
+
+
+_BLOCK, _BLOCKS = 2**20, 256
+
+
+def _digest(path: Path, white: Any, notes: Any) -> str:
+    """Of all that is kept; of a file of more than 256 MB 256 blocks, which tell one of other images or half written."""
+    found = hashlib.blake2b(json.dumps([white, notes]).encode(), digest_size=16)
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        found.update(str(size).encode())
+        for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+            file.seek(start)
+            found.update(file.read(_BLOCK))
+    return found.hexdigest()
 
 
 def _beside(path: Path) -> Path:

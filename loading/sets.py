@@ -1,5 +1,6 @@
 """Data sets: what --dataset names, all its images and labels in memory."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -29,6 +30,23 @@ class DataInfo:
     def to_dict(self) -> dict[str, Any]:
         """Plain containers; DataInfo(**d) is the way back."""
         return asdict(self)
+
+    def check(self) -> None:
+        """Raise UserError where it is of no data, as in a file that another program has written."""
+
+        def all_of(kind: type, values: Any, count: int) -> bool:
+            return isinstance(values, list) and len(values) == count and all(type(one) is kind for one in values)
+
+        classes = len(self.classes) if isinstance(self.classes, list) else 0
+        sizes = type(self.channels) is int and 0 < self.channels <= 1024 and all_of(int, self.image_size, 2)
+        good = (
+            classes > 0 and all_of(str, self.classes, classes) and sizes and all(0 < n < 2**15 for n in self.image_size)
+        )
+        good = good and all(all_of(float, values, self.channels) for values in (self.mean, self.std))
+        good = good and isinstance(self.counts, dict) and self.counts.keys() == {"train", "valid", "test"}
+        good = good and all(all_of(int, counts, classes) for counts in self.counts.values())
+        if not good or not isinstance(self.white, dict) or not all(map(math.isfinite, self.mean + self.std)):
+            raise UserError("what it says of its data is of another kind")
 
     def steps(self, batch_size: int) -> int:
         """Training batches an epoch; a last incomplete one is left out, unless it is the only one."""

@@ -173,10 +173,28 @@ def to_dict(options: Any) -> dict[str, Any]:
     }
 
 
+class _Strict(_Parser):
+    """Errors are UserErrors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(" ".join(message.split()))
+
+
 def restore(options: type[O], stored: Mapping[str, Any]) -> O:
-    """The options that a checkpoint holds (to_dict); what this version does not know is left out."""
-    known = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-    return options(**{name: value for name, value in stored.items() if name in known})
+    """The options that a checkpoint holds (to_dict); what this version does not know is left out.
+
+    Raises:
+        UserError: a value is none that could have been given.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Strict()
+    parser.add_class_arguments(options)
+    known = {field.name: stored[field.name] for field in dataclasses.fields(options) if field.name in stored}  # type: ignore[arg-type]
+    try:
+        parsed = parser.parse_object(known)
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:  # of things that are no options at all
+        raise UserError(f"an option has a value of the wrong kind ({error})") from None
+    return options(**{field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)})  # type: ignore[arg-type]
 
 
 def in_words(error: OSError) -> str:

@@ -10,8 +10,14 @@ from typing import Any, BinaryIO
 
 import torch
 
+import options
 import utils
+from genotypes import SPACES, num_edges
+from loading import records
+from loading.sets import DataInfo
 from options import UserError
+from options.child_option import ChildOptions
+from options.constraint_option import ConstraintOptions
 
 FORMAT = 2  # of the mapping in the file; a loader refuses others, but for 1, which had no digest
 _MARK = b"blake2b "  # the archive's comment: this and the digest, in hexadecimal digits, of all that is before it
@@ -55,7 +61,43 @@ def _digest(file: BinaryIO, size: int) -> bytes:
     return found.hexdigest().encode()
 
 
+_KINDS = {"stem": str, "epoch": int, **dict.fromkeys(("options", "data", "split", "metrics", "extra", "parts"), dict)}
+
+
 def load(path: Path) -> dict[str, Any]:
+    """The checkpoint of a run: read, and with all that a run's has.
+
+    Raises:
+        UserError: see read; or it holds something else.
+    """
+    content = read(path)
+    try:
+        for name, kind in _KINDS.items():
+            if not isinstance(content.get(name), kind):
+                raise UserError(f"its {name} is missing or of another kind")
+        if content["epoch"] < 0 or not all(isinstance(part, dict) for part in content["parts"].values()):
+            raise UserError("its epoch or a part of it is of another kind")
+        if not all(isinstance(value, torch.Tensor) for value in content["parts"].get("network", {0: 0}).values()):
+            raise UserError("its network is missing or of another kind")
+        DataInfo(**content["data"]).check()
+        records.of_record(content["split"])
+        if not all(type(value) in (int, float) for value in content["metrics"].values()):
+            raise UserError("its metrics are no numbers")
+        if content["stem"] == "weights":
+            opt, state = options.restore(ConstraintOptions, content["options"]), content["parts"].get("network", {})
+            shape = (num_edges(opt.nodes), len(SPACES[opt.space]))
+            if any(tuple(state[f"alpha_{kind}"].shape) != shape for kind in ("normal", "reduce")):
+                raise UserError("its alpha is not of its space")
+        else:
+            options.restore(ChildOptions, content["options"])
+    except UserError as error:
+        raise UserError(f"{path} is no checkpoint of a run: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, re.error):
+        raise UserError(f"{path} is no checkpoint of a run: its data or its split is of another kind") from None
+    return content
+
+
+def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:

@@ -108,7 +108,12 @@ class Run(Generic[Options]):
                     f"its own is named in {self.folder}/options.yaml"
                 )
             for name, part in parts.items():
-                part.load_state_dict(self.loaded["parts"][name])
+                try:
+                    part.load_state_dict(self.loaded["parts"][name])
+                except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+                    raise UserError(
+                        f"the checkpoint in {self.folder} does not fit this run: its {name} is another's"
+                    ) from None
             self.metrics = dict(self.loaded["metrics"])
         self.parts = parts
 

@@ -40,16 +40,16 @@ def test_flipped_bits_anywhere_and_cuts_are_refused(folder: Path, tmp_path: Path
             continue
         other.write_bytes(damaged)
         with pytest.raises(UserError, match=r"is damaged|not a checkpoint") as error:
-            checkpoint.load(other)
+            checkpoint.read(other)
         assert "\n" not in str(error.value)
     other.write_bytes(whole)
-    checkpoint.load(other)
+    checkpoint.read(other)
 
 
 @pytest.mark.parametrize("name", ["parts.network.alpha_normal", "parts.network.classifier.weight"])
 def test_what_is_damaged_is_named_and_the_last_good_epoch(folder: Path, name: str) -> None:
     path = folder / "weights_epoch_2.pt"
-    whole, value = path.read_bytes(), checkpoint.load(path)
+    whole, value = path.read_bytes(), checkpoint.read(path)
     for key in name.split(".", 2):
         value = value[key]
     assert isinstance(value, torch.Tensor)
@@ -58,7 +58,7 @@ def test_what_is_damaged_is_named_and_the_last_good_epoch(folder: Path, name: st
     try:
         advice = f"{re.escape(name)} is not what was written; .*weights_epoch_1.pt is whole"
         with pytest.raises(UserError, match=advice):
-            checkpoint.load(path)
+            checkpoint.read(path)
         with pytest.raises(UserError, match=advice):
             inspect_model.main(["--experiment=run", f"--experiments_dir={folder.parent}", "--visualize=False"])
     finally:
@@ -71,18 +71,18 @@ def test_one_that_claims_more_than_it_has_takes_no_memory(tmp_path: Path) -> Non
         archive.writestr("x/data/0", bytes(10**8))
     assert path.stat().st_size < 10**6
     with pytest.raises(UserError, match="larger than the file"):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 def test_one_of_before_has_the_checksums_of_its_archive(tmp_path: Path) -> None:
     path = tmp_path / "weights_epoch_1.pt"
     torch.save({"format": 1, "tensor": torch.ones(1000)}, path)
-    assert torch.equal(checkpoint.load(path)["tensor"], torch.ones(1000))
+    assert torch.equal(checkpoint.read(path)["tensor"], torch.ones(1000))
     content = bytearray(path.read_bytes())
     content[content.index(b"\0\0\x80\x3f" * 9) + 6] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="tensor is not what was written"):
-        checkpoint.load(path)
+        checkpoint.read(path)
     torch.save({"format": checkpoint.FORMAT}, path)
     with pytest.raises(UserError, match="its digest is missing"):
-        checkpoint.load(path)
+        checkpoint.read(path)

@@ -13,7 +13,7 @@ def test_round_trip_and_the_epochs_of_a_folder(tmp_path: Path) -> None:
         checkpoint.save(checkpoint.path_of(tmp_path, "weights", epoch), content)
     (tmp_path / "weights_epoch_x.pt").touch()
     assert checkpoint.epochs(tmp_path, "weights") == [9, 10] and checkpoint.epochs(tmp_path, "child") == []
-    loaded = checkpoint.load(tmp_path / "weights_epoch_9.pt")
+    loaded = checkpoint.read(tmp_path / "weights_epoch_9.pt")
     assert torch.equal(loaded.pop("tensor"), content.pop("tensor"))
     assert loaded == {**content, "format": checkpoint.FORMAT}
 
@@ -23,26 +23,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     checkpoint.save(path, {"epoch": 1})
     with pytest.raises(AttributeError):
         checkpoint.save(path, {"epoch": lambda: 0})  # cannot be pickled
-    assert checkpoint.load(path)["epoch"] == 1
+    assert checkpoint.read(path)["epoch"] == 1
 
 
 def test_bad_files_are_one_line_errors(tmp_path: Path) -> None:
     path = tmp_path / "weights_epoch_1.pt"
     with pytest.raises(UserError, match="no such checkpoint"):
-        checkpoint.load(path)
+        checkpoint.read(path)
     checkpoint.save(path, {"tensor": torch.randn(1000)})
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"hello"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged") as error:
-            checkpoint.load(path)
+            checkpoint.read(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
     torch.save({"something": 1}, path)
     with pytest.raises(UserError, match="not a checkpoint of this program"):
-        checkpoint.load(path)
+        checkpoint.read(path)
     torch.save({"format": 99}, path)
     with pytest.raises(UserError, match="format 99"):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 def test_code_in_a_checkpoint_is_refused_not_run(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path: Path) -> None:
 
     torch.save({"format": checkpoint.FORMAT, "x": Evil()}, tmp_path / "weights_epoch_1.pt")
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
-        checkpoint.load(tmp_path / "weights_epoch_1.pt")
+        checkpoint.read(tmp_path / "weights_epoch_1.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -73,4 +73,4 @@ def test_a_full_disk_is_what_the_system_says_and_the_old_file_stays(
 
 def test_what_the_system_refuses_is_not_called_damage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        checkpoint.load(tmp_path)
+        checkpoint.read(tmp_path)
