@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 import utils
@@ -221,6 +222,8 @@ def _each(read: Callable[[str], _Read], folder: ImageFolder, names: Sequence[str
         except MemoryError:  # not the file's fault
             where = f"{folder.option} {folder.root}"
             raise UserError(f"{where}: out of memory at {name}; take less of --image_size or --max_ram_gb") from None
+        except UnidentifiedImageError:
+            return "no image, or damaged"
         except Exception as error:  # Pillow and its decoders raise a dozen types for what they cannot read
             return " ".join(str(error).split()) or type(error).__name__
 

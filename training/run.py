@@ -193,6 +193,12 @@ def announce(run: Run[Any], costs: Mapping[str, int]) -> None:
     print(
         f"         {rarest:,} to {commonest:,} training images a class{', drawn equally often' if opt.balance else ''}"
     )
+    stride = 32 if getattr(opt, "stem", "cifar") == "imagenet" else 4
+    if min(height, width) < stride:
+        print(
+            f"note:    images of {width}x{height} are smaller than {stride}x{stride}, which the network halves to a point: "
+            "give a larger --image_size"
+        )
     for note in run.data.notes:
         print(f"note:    {note}")
     print(f"network  {costs['params']:,} parameters, {costs['flops'] / 1e6:,.1f} Mflops (multiply-adds) an image")
