@@ -196,8 +196,8 @@ def announce(run: Run[Any], costs: Mapping[str, int]) -> None:
     stride = 32 if getattr(opt, "stem", "cifar") == "imagenet" else 4
     if min(height, width) < stride:
         print(
-            f"note:    images of {width}x{height} are smaller than {stride}x{stride}, which the network halves to a point: "
-            "give a larger --image_size"
+            f"note:    images of {width}x{height} are smaller than {stride}x{stride}, which the network halves "
+            "to a point: give a larger --image_size"
         )
     for note in run.data.notes:
         print(f"note:    {note}")
