@@ -22,6 +22,7 @@ from benchmarks import record, runner
 from benchmarks.record import Recorded
 from options.constraint_option import ConstraintOptions
 from resources import cost
+from training.opening import finished
 
 Runs = list[dict[str, Any]]
 
@@ -44,30 +45,49 @@ class ParetoOptions(Recorded):
     """Further options of main_constraint.py, e.g. --options='[--image_size=14]'."""
     experiments_dir: str = "experiments"
     """Where the searches go, as pareto_MEASURE_BUDGET_SEED."""
+    part: str = "1/1"
+    """K/N takes every N-th search from the K-th on: N processes share them; the last one writes."""
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run what is missing and write table and picture; returns the content of the JSON file."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Run what is missing and write table and picture; returns the content of the JSON file once all is there."""
     opt = record.parse(ParetoOptions, argv, "pareto", __doc__)
-    runs = [
-        _one(opt, budget, seed)
-        for budget in [*([None] if opt.free else []), *sorted(opt.budgets, reverse=True)]
-        for seed in range(opt.seeds)
-    ]
+    number, parts = options.part(opt.part)
+    budgets = [*([None] if opt.free else []), *sorted(opt.budgets, reverse=True)]
+    every = [(budget, seed) for budget in budgets for seed in range(opt.seeds)]
+    for budget, seed in every[number - 1 :: parts]:
+        _search(opt, budget, seed)
+    runs = [_one(opt, budget, seed) for budget, seed in every if _finished(opt, budget, seed)]
+    if len(runs) < len(every):
+        print(f"note: {len(every) - len(runs)} searches of other parts are missing; the same command goes on")
+        return None
     picture = Path(opt.out) / "budget" / f"{opt.measure}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     _draw(opt.measure, runs, picture)
     return record.publish("pareto", opt, {"runs": runs}, _text(opt, runs), opt.measure, "budget")
 
 
-def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
-    """The last row of metrics of one search, run now if it is not finished; a finished one must be of this recipe."""
+def _argv(opt: ParetoOptions, budget: float | None, seed: int) -> list[str]:
+    """The command line of a search."""
     name = f"pareto_{opt.measure}_{'free' if budget is None else f'{budget:.12g}'}_{seed}"
     argv = ["--config", opt.preset, *opt.options, "--name", name, "--experiments_dir", opt.experiments_dir]
     argv += ["--seed", str(seed), "--measure", opt.measure]
-    argv += ["--eta", "0"] if budget is None else [f"--target_{opt.measure}", str(budget)]
-    folder = runner.run_once(main_constraint, ConstraintOptions, argv, "genotype.json")
-    row = utils.read_metrics(folder / "metrics.jsonl")[-1]
+    return argv + (["--eta", "0"] if budget is None else [f"--target_{opt.measure}", str(budget)])
+
+
+def _search(opt: ParetoOptions, budget: float | None, seed: int) -> Path:
+    """The folder of a search, run now if it is not finished; a finished one must be of this recipe."""
+    return runner.run_once(main_constraint, ConstraintOptions, _argv(opt, budget, seed), "genotype.json")
+
+
+def _finished(opt: ParetoOptions, budget: float | None, seed: int) -> bool:
+    argv = [*_argv(opt, budget, seed), "--resume", "True"]
+    return finished(options.parse(ConstraintOptions, argv, "main_constraint.py", ""), "genotype.json")
+
+
+def _one(opt: ParetoOptions, budget: float | None, seed: int) -> dict[str, Any]:
+    """The last row of metrics of a finished search."""
+    row = utils.read_metrics(_search(opt, budget, seed) / "metrics.jsonl")[-1]
     return {
         "budget": budget,
         "seed": seed,

@@ -19,6 +19,7 @@ from benchmarks import (
     record,
     scaling,
     search_step,
+    spread,
     widths,
 )
 from genotypes import GENOTYPES
@@ -151,15 +152,34 @@ def test_the_sweep_skips_what_is_done_and_draws_the_rest(arguments: list[str], t
         f"--out={tmp_path}",
         "--seeds=1",
     ]
+    assert pareto.main([*common, "--budgets=[3000]", "--part=2/2"]) is None
     first = pareto.main([*common, "--budgets=[3000]"])
+    assert first is not None
     weights = sorted((tmp_path / "experiments").rglob("weights_*.pt"))
     dates = [path.stat().st_mtime_ns for path in weights]
     second = pareto.main([*common, "--budgets=[3000, 2500]"])
     assert [path.stat().st_mtime_ns for path in weights] == dates  # nothing was run again
-    assert [run["budget"] for run in second["runs"]] == [None, 3000, 2500]
+    assert second is not None and [run["budget"] for run in second["runs"]] == [None, 3000, 2500]
     assert second["runs"][:2] == first["runs"]
     page = (tmp_path / "budget.md").read_text()
     assert "| 2,500 | 1 |" in page and (tmp_path / "budget" / "params.png").stat().st_size > 10_000
+
+
+def test_jobs_are_spread_and_what_failed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "job.py"
+    script.write_text("import sys, pathlib; pathlib.Path(sys.argv[1]).touch(); sys.exit(int(sys.argv[2]))")
+    given = ["--jobs=2", "--where=local", f"--logs={tmp_path}/logs", "--", str(script)]
+    assert spread.main([*given, f"{tmp_path}/{{k}}_of_{{jobs}}", "0"]) == [0, 0]
+    assert (tmp_path / "1_of_2").exists() and (tmp_path / "2_of_2").exists()
+    with pytest.raises(UserError, match="1 of 2 jobs failed, see above; the same command goes on"):
+        spread.main([*given, f"{tmp_path}/a{{n}}", "{n}"])
+    assert "exit code 1" in capsys.readouterr().out
+    for words, advice in ((["x"], r"all be the same: .* use \{n\} or \{k\}"), (["{seed}"], r"'seed' is none of")):
+        with pytest.raises(UserError, match=advice):
+            spread.commands([str(script), *words], 2)
+    with pytest.raises(UserError, match="put it after --"):
+        spread.main(["--jobs=2"])
+    assert spread.commands(["benchmarks.pareto", "{k}"], 1)[0][1:] == ["-m", "benchmarks.pareto", "1"]
 
 
 def test_the_estimators_are_compared_on_the_exact_gradient(tmp_path: Path) -> None:
