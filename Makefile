@@ -18,7 +18,7 @@ test: .venv/.dev
 
 # Processes killed at many moments, files damaged in many ways: the tests of faults at length
 test-faults: .venv/.dev
-	SNAS_FAULTS=long $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/faults
+	SNAS_FAULTS=long $(BIN)/python -m pytest -n auto --maxprocesses 8 --timeout 3600 tests/faults
 
 # Every width of vectors, sizes with a border of each kind; compiling takes most of the time
 sanitize: .venv/.dev

@@ -107,7 +107,7 @@ def search_step(learner: Learner, images: Tensor, targets: Tensor, z: Z, autocas
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [(learner.theta_optimizer, learner.grad_clip)]
     if z.normal.requires_grad:
         optimizers.append((learner.alpha_optimizer, learner.arch_grad_clip))
-    loop.update(loss, optimizers, learner.checked, learner.world, learner.buffers)
+    loss = loop.update(loss, optimizers, learner.checked, learner.world, learner.buffers)
     learner.objective.after_step()
     return logits, loss, terms
 

@@ -71,6 +71,11 @@ def cpuinfo(*fields: str) -> list[str]:
     return sorted({line for line in lines if line.partition(":")[0].strip() in fields})
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor() -> str:
     """The name of this machine's processor, as far as it can be known."""
     names = [line.partition(":")[2].strip() for line in cpuinfo("model name")]

@@ -73,6 +73,8 @@ def _run(opt: ScalingOptions, count: int, place: Path, name: str) -> dict[str, A
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "main.py"]
     places = [f"--{kind}_dir={place / kind}" for kind in ("experiments", "visualizations")]
     command = [*launch, f"--dataset={Path(opt.dataset).resolve()}", *places, f"--name={name}", *opt.search_options]
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("this benchmark gives every process a core, which Linux alone can")
     one, cores = {**os.environ, "OMP_NUM_THREADS": "1"}, sorted(os.sched_getaffinity(0))[:count]
     alone = partial(os.sched_setaffinity, 0, cores)  # a core for each: more than one gives a process no more threads
     done = subprocess.run(command, cwd=ROOT, env=one, capture_output=True, text=True, preexec_fn=alone)

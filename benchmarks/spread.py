@@ -10,18 +10,22 @@ command, as far as the command itself does.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse.typing import PositiveInt
 
 import options
+import utils
 from benchmarks.record import ROOT
 from options import UserError
 
@@ -43,19 +47,23 @@ class SpreadOptions:
 class Command:
     """Runs a command line; what submitit takes to its job. Stopped by the cluster, it asks for the job again."""
 
-    def __init__(self, words: Sequence[str], threads: int | None) -> None:
-        self.words, self.threads = list(words), threads
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.words, self.environment = list(words), dict(environment)
 
     def __call__(self) -> int:
         """The exit code."""
-        threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
-        return subprocess.run(self.words, cwd=ROOT, env={**os.environ, **threads}).returncode
+        ignore = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)  # by which submitit is told, for all of the job
+        environment = {**os.environ, **self.environment}
+        self.process = subprocess.Popen(self.words, cwd=ROOT, env=environment, preexec_fn=ignore)
+        return self.process.wait()
 
     def checkpoint(self) -> Any:
-        """Called by submitit before a job's time is over or it makes way for another."""
+        """Called by submitit before a job's time is over or it makes way for another: the run saves and ends first."""
         import submitit
 
-        return submitit.helpers.DelayedSubmission(self)
+        self.process.terminate()
+        self.process.wait()
+        return submitit.helpers.DelayedSubmission(Command(self.words, self.environment))
 
 
 def commands(words: Sequence[str], jobs: int) -> list[list[str]]:
@@ -90,18 +98,30 @@ def main(argv: Sequence[str] | None = None) -> list[int]:
         import submitit
     except ImportError:
         raise UserError("jobs are spread by submitit: pip install submitit") from None
-    executor = submitit.AutoExecutor(
-        folder=Path(opt.logs).resolve(), cluster=None if opt.where == "auto" else opt.where
-    )
-    here = executor.cluster == "local"
-    executor.update_parameters(name="snas", **({"timeout_min": 60 * 24 * 365} if here else opt.slurm))
-    threads = max(1, (os.cpu_count() or 1) // opt.jobs) if here else None
-    jobs = [executor.submit(Command(line, threads)) for line in lines]
+    try:
+        cluster = None if opt.where == "auto" else opt.where
+        executor = submitit.AutoExecutor(folder=Path(opt.logs).resolve(), cluster=cluster, slurm_max_num_timeout=1000)
+        here = executor.cluster == "local"
+        executor.update_parameters(**({"timeout_min": 60 * 24 * 365} if here else {"name": "snas", **opt.slurm}))
+    except (RuntimeError, NameError, TypeError, ValueError) as error:  # submitit's own
+        raise UserError(f"submitit refuses --where {opt.where} --slurm {opt.slurm}: {error}") from None
+    if here and opt.slurm:
+        raise UserError("--slurm is for a cluster, and there is no Slurm here")
+    jobs = [
+        executor.submit(Command(line, _share(number, opt.jobs) if here else {})) for number, line in enumerate(lines)
+    ]
     print(f"started  {len(jobs)} jobs ({executor.cluster}); what they print is in {opt.logs}", flush=True)
     codes = [_wait(job, " ".join(line[1:])) for job, line in zip(jobs, lines, strict=True)]
     if any(codes):
         raise UserError(f"{sum(map(bool, codes))} of {len(codes)} jobs failed, see above; the same command goes on")
     return codes
+
+
+def _share(number: int, jobs: int) -> dict[str, str]:
+    """The environment of a local job: its share of the cores, and a GPU of its own, or one in turn."""
+    threads = {"OMP_NUM_THREADS": str(max(1, utils.cores() // jobs))}
+    gpus = torch.cuda.device_count()  # submitit hides them
+    return threads | ({"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {})
 
 
 def _wait(job: Any, line: str, sleep: Callable[[float], None] = time.sleep) -> int:
@@ -111,7 +131,7 @@ def _wait(job: Any, line: str, sleep: Callable[[float], None] = time.sleep) -> i
     try:
         code = int(job.result())
     except Exception as error:  # submitit's own kinds: it was killed, or never ran
-        print(f"failed   {line}: {str(error).strip().splitlines()[-1]}")
+        print(f"failed   {line}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
         return 1
     print(
         f"{'ended   ' if code == 0 else 'failed  '} {line}"

@@ -189,7 +189,8 @@ def _one_epoch(run: Run[ChildOptions], learner: ChildLearner, epoch: int, buffer
 
     def step(number: int, images: Tensor, targets: Tensor) -> loop.Step:
         logits, loss = _loss(run, network, images, targets)
-        loop.update(loss, [(learner.optimizer, opt.grad_clip)], opt.on_nonfinite == "skip", run.world, buffers)
+        how = [(learner.optimizer, opt.grad_clip)]
+        loss = loop.update(loss, how, opt.on_nonfinite == "skip", run.world, buffers)
         if opt.schedule == "onecycle":
             learner.scheduler.step()
         if learner.average is not None:
@@ -230,6 +231,8 @@ def summarise(row: Mapping[str, Any]) -> str:
 
 def _evaluate_only(opt: ChildOptions) -> Tested:
     """Test the newest checkpoint of --name, or the child with the supernet's weights of --init_from; writes nothing."""
+    if distributed.count() > 1:
+        raise UserError("--eval_only True is for one process; leave torchrun out")
     device = utils.pick_device(opt.device)
     folder = Path(opt.experiments_dir) / opt.name
     newest = checkpoint.newest(folder, "child")

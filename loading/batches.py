@@ -195,16 +195,21 @@ class Data:
             random = utils.generator("cpu", self._seed, "augmentation", epoch, step, *([part[0]] if part[0] else []))
             yield self._batch(chosen, device, self._augmentation, random)
 
-    def plain_train_batches(self, batch_size: int, count: int, epoch: int, device: torch.device) -> Batches:
-        """At most `count` batches of training images, drawn as in training but not augmented, of equal sizes."""
+    def plain_train_batches(
+        self, batch_size: int, count: int, epoch: int, device: torch.device, part: tuple[int, int] = (0, 1)
+    ) -> Batches:
+        """At most `count` batches of training images, drawn as in training but not augmented, of equal sizes.
+
+        part: (k, n) gives every n-th of them from the k-th (0..) on.
+        """
         order = self._draw(utils.generator("cpu", self._seed, "plain", epoch))
         order = order[: min(count, max(1, len(order) // batch_size)) * batch_size]
-        for chosen in order.split(batch_size):
+        for chosen in order.split(batch_size)[part[0] :: part[1]]:
             yield self._batch(chosen, device)
 
-    def batches(self, split: str, batch_size: int, device: torch.device) -> Batches:
-        """Every image of a split once, in order, not augmented."""
-        for chosen in self.indices[split].split(batch_size):
+    def batches(self, split: str, batch_size: int, device: torch.device, part: tuple[int, int] = (0, 1)) -> Batches:
+        """Every image of a split once, in order, not augmented; part as in plain_train_batches."""
+        for chosen in self.indices[split].split(batch_size)[part[0] :: part[1]]:
             yield self._batch(chosen, device)
 
     def _draw(self, random: torch.Generator) -> Tensor:

@@ -43,13 +43,18 @@ class Interrupted(KeyboardInterrupt):
         self.code = 128 + number
 
 
+def first_process() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or alone."""
+    return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 class _Parser(ArgumentParser):
     """Errors are one line on standard error and exit code 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split()))
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(2)  # of several processes the first says it
+        if not first_process():
+            raise SystemExit(2)  # the first one says it
         print(f"{self.prog}: error: {text} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -216,9 +221,9 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 def entry(main: Callable[[], Any]) -> None:
     """Run a script's main as a program: bad input is one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
-    rank = os.environ.get("RANK", "0")  # of several processes
-    name = Path(sys.argv[0]).name + (f" (process {rank})" if rank != "0" else "")
-    signal.signal(signal.SIGTERM, _terminated)
+    name = Path(sys.argv[0]).name + ("" if first_process() else f" (process {os.environ['RANK']})")
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show does not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -239,5 +244,6 @@ def entry(main: Callable[[], Any]) -> None:
         print(f"{name}: error: out of memory", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as error:
-        print("; ".join([f"\n{name}: interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        if first_process():
+            print("; ".join([f"\n{name}: interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
         raise SystemExit(getattr(error, "code", 130)) from None

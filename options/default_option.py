@@ -82,7 +82,7 @@ class RunOptions(DataOptions):
     report_freq: PositiveInt = 10
     """Steps between two updates of the running figures on the progress bar."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """After a step whose loss or gradient is no number: end the run, or leave out up to a tenth of an epoch's steps."""
+    """After a step whose loss or gradient is no number: end the run, or leave out a tenth of an epoch's steps, or 3."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one."""

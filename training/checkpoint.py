@@ -12,7 +12,7 @@ import torch
 
 import options
 import utils
-from genotypes import SPACES, num_edges
+from genotypes import SPACES, Genotype, num_edges
 from loading import records
 from loading.sets import DataInfo
 from options import UserError
@@ -83,18 +83,34 @@ def load(path: Path) -> dict[str, Any]:
         records.of_record(content["split"])
         if not all(type(value) in (int, float) for value in content["metrics"].values()):
             raise UserError("its metrics are no numbers")
+        if content["epoch"] and content["metrics"].get("epoch") != content["epoch"]:
+            raise UserError("its metrics are of another epoch")
         if content["stem"] == "weights":
             opt, state = options.restore(ConstraintOptions, content["options"]), content["parts"].get("network", {})
             shape = (num_edges(opt.nodes), len(SPACES[opt.space]))
             if any(tuple(state[f"alpha_{kind}"].shape) != shape for kind in ("normal", "reduce")):
                 raise UserError("its alpha is not of its space")
         else:
-            options.restore(ChildOptions, content["options"])
+            if options.restore(ChildOptions, content["options"]).network == "cells":
+                Genotype.from_dict(content["extra"]["genotype"])
+        _check_within(content.get("within"))
     except UserError as error:
         raise UserError(f"{path} is no checkpoint of a run: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, re.error):
         raise UserError(f"{path} is no checkpoint of a run: its data or its split is of another kind") from None
     return content
+
+
+def _check_within(within: Any) -> None:
+    """Raise an error where it is not what Run.save_within takes."""
+    if within is None:
+        return
+    mean, count = within["mean"], len(within["mean"]["names"]) + 1
+    numbers = [within["seconds"], *(number for row in mean["sums"] for number in row)]
+    whole = all(type(within[name]) is int and within[name] >= 0 for name in ("steps", "skipped"))
+    rows = mean["sums"] and all(len(row) == count for row in mean["sums"]) and set(map(type, numbers)) <= {int, float}
+    if not whole or not rows or not isinstance(within["head"], dict) or set(map(type, mean["names"])) - {str}:
+        raise TypeError
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -138,15 +154,14 @@ def _fault(path: Path) -> str | None:
     One of format 1 has the checksums of its archive alone.
     """
     said = _sealed(path)
-    if said is not None:
-        with path.open("rb") as file:
-            if _digest(file, file.seek(0, os.SEEK_END) - _COMMENT) == said:
-                return None
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 return "its parts are larger than the file"  # compressed, which no checkpoint is
+            if said is not None:
+                with path.open("rb") as file:
+                    if _digest(file, file.seek(0, os.SEEK_END) - _COMMENT) == said:
+                        return None
             broken = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
         return "it is no whole archive"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -38,6 +39,11 @@ class World:
     def label(self) -> tuple[int, ...]:
         """What its own random numbers are seeded with besides: nothing in the first, as in a process alone."""
         return (self.rank,) if self.rank else ()
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Rank and size, as Data takes them."""
+        return self.rank, self.size
 
     def share(self, batches: Iterator[T]) -> Iterator[T]:
         """Every size-th of them, beginning with this process's."""
@@ -74,20 +80,20 @@ class World:
         """
         if self.size == 1:
             return loss
-        lacking = torch.tensor([p.grad is None for p in parameters], device=loss.device)
-        parts = [(~lacking).float(), loss.detach().view(1)]
-        parts += [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-        parts += [buffer.flatten() for buffer in buffers]
-        flat = torch.cat([part.float() for part in parts])
+        lacking = [p.grad is None for p in parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        parts = [torch.tensor(lacking, device=loss.device).logical_not(), loss.detach().view(1), *grads, *buffers]
+        flat = torch.cat([part.flatten().float() for part in parts])
         dist.all_reduce(flat)
+        flat /= self.size
         had, total, *means = flat.split([part.numel() for part in parts])
-        for parameter, some, mean in zip(parameters, had.tolist(), means, strict=False):
-            if some:
-                parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad.copy_(mean.view_as(parameter) / self.size)
-        for buffer, mean in zip(buffers, means[len(parameters) :], strict=True):
-            buffer.copy_(mean.view_as(buffer) / self.size)
-        return total[0] / self.size
+        own = [*grads, *buffers]
+        torch._foreach_copy_(own, [mean.view_as(one) for mean, one in zip(means, own, strict=True)])
+        some = had.tolist() if any(lacking) else []  # which waits for a GPU
+        for place, parameter in enumerate(parameters):
+            if lacking[place] and some[place]:
+                parameter.grad = grads[place]
+        return total[0]
 
 
 ALONE = World()
@@ -112,21 +118,16 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     Args:
         device: of --device; on a machine with several GPUs each process takes its own.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size, rank = count(), int(os.environ.get("RANK", "0"))
     if size == 1:
         yield ALONE, utils.pick_device(device)
         return
     here, near = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    chosen = utils.pick_device(device)
-    if chosen.type == "cuda":
-        if near > torch.cuda.device_count():
-            raise UserError(f"torchrun starts {near} processes here and there are {torch.cuda.device_count()} GPUs")
-        chosen = torch.device("cuda", here)
-        torch.cuda.set_device(chosen)
-    elif os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1 where nothing is set
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // near))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    chosen = _device(device, here, near)
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1 where nothing is set
+        torch.set_num_threads(max(1, utils.cores() // near))
+    # a process that dies is met at once; the others may take long, as in the choice of --select
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
         if rank == 0:
             yield World(rank, size), chosen
@@ -137,6 +138,31 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
                     yield World(rank, size), chosen
     finally:
         dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes torchrun has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+
+
+def _device(name: str, here: int, near: int) -> torch.device:
+    """That of the process `here` of `near` on this machine."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UserError(f"--device {name}: several processes take cpu, or cuda without a number; torchrun numbers them")
+    if near > torch.cuda.device_count():
+        raise UserError(f"torchrun starts {near} processes here and there are {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(here)
+    return torch.device("cuda", here)
+
+
+def same(world: World, what: object, words: str) -> None:
+    """Raise UserError where the processes do not agree on something."""
+    if len({repr(one) for one in world.gather(what)}) > 1:
+        raise UserError(
+            f"the processes do not see {words}; all need one shared folder of experiments and the same images"
+        )
 
 
 def check(world: World, batch_size: int, images: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
+from options import UserError
 from training.distributed import ALONE, World
 from training.run import Run, check_finite, duration, no_number
 
@@ -50,25 +51,27 @@ class Mean:
             self._sums[name] = self._sums[name] + term if name in self._sums else term
         self.count += count
 
-    def totals(self) -> dict[str, Any]:
-        """The sums and the count over all processes, for a checkpoint; waits for the device and for all processes."""
-        own = [*(total.item() for total in self._sums.values()), float(self.count)]
-        *sums, count = self._world.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-        return {"sums": dict(zip(self._sums, sums, strict=True)), "count": int(count)}
+    def values(self) -> tuple[dict[str, float], int]:
+        """The means so far and of how many images, over all processes; waits for them and for the device."""
+        *sums, count = self._world.sum(torch.tensor(self._own(), dtype=torch.float64)).tolist()
+        return {name: total / count for name, total in zip(self._sums, sums, strict=True)}, int(count)
 
-    def values(self) -> dict[str, float]:
-        """The means so far."""
-        totals = self.totals()
-        return {name: total / totals["count"] for name, total in totals["sums"].items()}
+    def _own(self) -> list[float]:
+        return [*(total.item() for total in self._sums.values()), float(self.count)]
+
+    def state(self) -> dict[str, Any]:
+        """The sums and the count of every process, for a checkpoint."""
+        return {"names": [*self._sums], "sums": self._world.gather(self._own())}
 
     def go_on(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """From the totals of before, which the first process has."""
-        if not self._world.first:
-            return
-        self._sums = {
-            name: torch.tensor(total, dtype=_widest(device), device=device) for name, total in state["sums"].items()
-        }
-        self.count = state["count"]
+        """From a state; that of another number of processes is the first one's."""
+        rows, world = state["sums"], self._world
+        if len(rows) != world.size:
+            rows = [[sum(column) for column in zip(*rows, strict=True)]] + [[0.0] * len(rows[0])] * (world.size - 1)
+        *sums, count = rows[world.rank]
+        tensors = torch.tensor(sums, dtype=_widest(device), device=device).unbind()
+        self._sums = dict(zip(state["names"], tensors, strict=True))
+        self.count = int(count)
 
 
 class NonFinite(ArithmeticError):
@@ -81,8 +84,11 @@ def update(
     check: bool = False,
     world: World = ALONE,
     buffers: Sequence[Tensor] = (),
-) -> None:
+) -> Tensor:
     """One backward pass, then for every (optimizer, limit): clip the norm of its gradient, step.
+
+    Returns:
+        The loss; not a number where a gradient is none, so that the figures of an epoch show it.
 
     Args:
         check: raise NonFinite where it applies on a GPU too, which waits for the GPU.
@@ -92,14 +98,15 @@ def update(
     for optimizer, _ in optimizers:
         optimizer.zero_grad()
     loss.backward()
-    loss = world.average(loss, [p for one, _ in optimizers for p in one.param_groups[0]["params"]], buffers)
+    mean = world.average(loss, [p for one, _ in optimizers for p in one.param_groups[0]["params"]], buffers)
     norms = [nn.utils.clip_grad_norm_(one.param_groups[0]["params"], limit) for one, limit in optimizers]
     if check or loss.device.type == "cpu":
-        for name, value in [("loss", loss), *(("norm of the gradient", norm) for norm in norms)]:
+        for name, value in [("loss", mean), *(("norm of the gradient", norm) for norm in norms)]:
             if not torch.isfinite(value):
                 raise NonFinite(f"the {name} became {value.item()}")
     for optimizer, _ in optimizers:
         optimizer.step()
+    return loss.detach() + sum(0 * norm for norm in norms)
 
 
 class _Tolerance:
@@ -113,11 +120,12 @@ class _Tolerance:
         self.skips = run.opt.on_nonfinite == "skip"
         modules = [part for part in run.parts.values() if isinstance(part, nn.Module)] if self.skips else []
         self._buffers = [buffer for module in modules for buffer in module.buffers()]
-        self.keep()
+        self._kept = [buffer.clone() for buffer in self._buffers]
 
     def keep(self) -> None:
         """Called before every step."""
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
 
     def skip(self, error: NonFinite, number: int) -> None:
         """Called after one that failed, `number` from 0; raises UserError."""
@@ -125,10 +133,10 @@ class _Tolerance:
         self.skipped += 1
         if not self.skips:
             raise no_number(self._run, words)
-        if self.skipped > max(3, self._run.steps // 10):
+        if self.skipped > max(3, self._run.steps // 10) or self.skipped == self._run.steps:
             raise no_number(self._run, f"{words}, as in {self.skipped - 1} other steps of this epoch")
-        for buffer, value in zip(self._buffers, self._kept, strict=True):
-            buffer.copy_(value)
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept)
         tqdm.write(f"note:    {words}; the batch is skipped")
 
 
@@ -150,11 +158,26 @@ class _Guess:
             self._start = now  # the first of several warms up
 
 
+def _fits(inside: Mapping[str, Any], head: Mapping[str, Any], steps: int) -> bool:
+    """Whether what a checkpoint says of an epoch in progress is of one with this head and so many steps."""
+    names, taken = inside["mean"]["names"], inside["steps"] - inside["skipped"]
+    images = sum(row[-1] for row in inside["mean"]["sums"])
+    alike = inside["head"].keys() == head.keys() and all(
+        type(inside["head"][name]) is type(head[name]) for name in head
+    )
+    return alike and 0 <= taken <= steps and (not taken or ({"train_loss", "train_acc"} <= {*names} and images > 0))
+
+
+_AGREE = 10  # steps after which several processes ask each other whether to stop
+
+
 class _Epoch:
     """Where an epoch stands: begun, or gone on with where the loaded checkpoint was written within it."""
 
     def __init__(self, run: Run[Any], epoch: int, head: Mapping[str, Any]) -> None:
         inside = run.within(epoch)
+        if inside and not _fits(inside, head, run.steps):
+            raise UserError(f"the checkpoint in {run.folder} does not fit this run: its epoch is another's")
         self._run, self._epoch, self._start, self._saved = run, epoch, run.began(epoch), time.perf_counter()
         self.first, self.mean, self._head = inside.get("steps", 0), Mean(run.world), dict(inside.get("head", head))
         if inside:
@@ -180,30 +203,32 @@ class _Epoch:
         run = self._run
         late = time.perf_counter() - self._saved > 60 * run.opt.save_every_minutes
         if run.world.size > 1:
-            if steps % run.opt.report_freq and steps < run.steps:
+            if steps % _AGREE and steps < run.steps:
                 return False
-            told, late = map(max, zip(*run.world.gather((run.stop.number or 0, late)), strict=True))
-            run.stop.number = told or None
+            heard = run.world.gather((run.stop.number or 0, late))
+            run.stop.learn(max(number for number, _ in heard))
+            late = any(late for _, late in heard)
         return late or run.stop.told
 
     def figures(self) -> dict[str, float]:
         """The running ones; raises UserError where they are no numbers."""
-        now = self.mean.values()
+        now, _ = self.mean.values()
         for name, value in now.items():
             check_finite(self._run, name, value, self._epoch)
         return now
 
     def save(self, steps: int) -> None:
-        """Write the checkpoint after so many steps of the epoch."""
+        """Write the checkpoint after so many steps of the epoch; all processes wait for it."""
         self._saved = time.perf_counter()
-        state = {"steps": steps, "seconds": self._saved - self._start, "head": self._head, "mean": self.mean.totals()}
+        state = {"steps": steps, "seconds": self._saved - self._start, "head": self._head, "mean": self.mean.state()}
         self._run.save_within({**state, "skipped": self.tolerance.skipped})
+        self._run.world.gather(None)
 
     def row(self) -> dict[str, Any]:
         """What metrics.jsonl says of its training."""
         more = {"skipped_steps": self.tolerance.skipped} if self.tolerance.skips else {}
-        speed = {"images_per_second": self.mean.totals()["count"] / (time.perf_counter() - self._start)}
-        return {**self._head, **self.mean.values(), **more, **speed}
+        means, images = self.mean.values()
+        return {**self._head, **means, **more, "images_per_second": images / (time.perf_counter() - self._start)}
 
 
 def train_epoch(
@@ -235,7 +260,9 @@ def train_epoch(
         for index, (images, targets) in enumerate(bar, now.first):
             now.take(step, index, images, targets)
             due = now.due(index + 1)
-            if now.mean.count and (due or (index + 1) % run.opt.report_freq == 0 or index + 1 == steps):
+            if index + 1 > now.tolerance.skipped and (
+                due or (index + 1) % run.opt.report_freq == 0 or index + 1 == steps
+            ):
                 figures = now.figures()
                 bar.set_postfix(loss=f"{figures['train_loss']:.3f}", acc=f"{figures['train_acc']:.1f}")
             if due:
@@ -274,7 +301,7 @@ def fit(
                 run.save(epoch, row)
                 log.add(row)
                 tqdm.write(summarise(row))
-                run.stop.number = max(run.world.gather(run.stop.number or 0)) or None
+                run.stop.learn(max(run.world.gather(run.stop.number or 0)))
                 run.stop.check()
     finally:
         log.close()

@@ -3,11 +3,13 @@
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,10 @@ FREE = {
 # What a start that never reached a checkpoint leaves behind; it may be written over
 _LEFTOVERS = ("options.yaml", "split.json", "metrics.jsonl", "events.out.tfevents.*", ".*.tmp", ".lock", ".writer")
 # What runs leave besides, and what is made of them: --overwrite removes it, and nothing else
-_RESULTS = ("*_epoch_*.pt", "genotype.json", "selection.json", "test.json", "guesses.csv", "child.*", "child_*.py")
+_RESULTS = re.compile(
+    r"(weights|child)_epoch_\d+(_step_\d+)?\.pt|(genotype|selection|test)\.json|guesses\.csv|metrics\.jsonl|"
+    r"events\.out\.tfevents\..*|child\.(onnx|pt2)(\.md|\.json)?|child_(onnx|pt2)\.py"
+)
 
 
 @contextmanager
@@ -113,7 +118,6 @@ def _opened(
     loaded = checkpoint.load(newest) if newest else None
     if loaded:
         check_same_options(opt, loaded["options"], folder)
-    if loaded:
         data = Data(opt, loaded["split"], train_on_valid)
         if not _same_data(data.info.to_dict(), loaded["data"]):
             raise UserError(
@@ -123,20 +127,23 @@ def _opened(
         split, carry = given()
         data = Data(opt, split, train_on_valid, carry)
     distributed.check(world, opt.batch_size, sum(data.info.counts["train"]))
+    stands = (newest and newest.name, loaded and loaded["epoch"], data.info, sorted(data.stored.pixels.items()))
+    distributed.same(world, stands, "the same checkpoint or the same images")
     with one_writer(folder, "give another --name") if world.first else nullcontext():
-        if newest is None:
+        if newest is None and world.first:
             _check_free(folder, opt, stem)  # again: reading the data took its time
-        if (checkpoint.latest(folder, stem) if opt.resume else None) != newest:
+        if world.first and (checkpoint.latest(folder, stem) if opt.resume else None) != newest:
             raise UserError(f"{folder} was written while the data was read; start again")
-        if world.first:
-            _begin(folder, opt, data)
-        opt = replace(opt, overwrite=False)  # was asked once: options.yaml does not ask again
-        run = Run(opt, stem, folder, device, data, loaded["epoch"] if loaded else 0, loaded, world=world)
+        overwrite, opt = opt.overwrite, replace(opt, overwrite=False)  # options.yaml does not ask again
+        begin = partial(_begin, folder, opt, data, overwrite)
+        epoch = loaded["epoch"] if loaded else 0
+        run = Run(opt, stem, folder, device, data, epoch, loaded, world=world, begin=begin)
         try:
             yield run
         except KeyboardInterrupt as interrupt:
             kept = checkpoint.latest(folder, stem)
-            interrupt.add_note(f"add --resume True to go on from {kept}" if kept else "nothing was finished yet")
+            instead = "give --resume True instead of --overwrite True" if overwrite else "add --resume True"
+            interrupt.add_note(f"{instead} to go on from {kept}" if kept else "nothing was finished yet")
             raise
         except BrokenPipeError:  # who read what is printed has gone
             raise
@@ -155,14 +162,14 @@ def _opened(
             ) from None
 
 
-def _begin(folder: Path, opt: RunOptions, data: Data) -> None:
-    """Write what a run says of itself before its first step."""
-    for pattern in (*_RESULTS, "metrics.jsonl", "events.out.tfevents.*") if opt.overwrite else ():
-        utils.clear(folder, pattern)
+def _begin(folder: Path, opt: RunOptions, data: Data, overwrite: bool) -> None:
+    """Write what a run says of itself before its first step; remove an earlier one that it is to take the place of."""
+    for path in [*folder.iterdir()] if overwrite else []:
+        if path.is_file() and _RESULTS.fullmatch(path.name):
+            path.unlink()
     utils.clear(folder, ".*.tmp")  # of a process that was killed while it wrote
     command = shlex.join(["python", Path(sys.argv[0]).name, "--config", str(folder / "options.yaml")])
-    # --overwrite was asked once: options.yaml does not ask again
-    options.save(replace(opt, overwrite=False), folder / "options.yaml", command)
+    options.save(opt, folder / "options.yaml", command)
     write_split(folder / "split.json", data, opt)
 
 
@@ -180,17 +187,29 @@ def _check_free(folder: Path, opt: RunOptions, stem: str) -> None:
         raise UserError(f"{folder} cannot be made: a file is in the way; change --name or --experiments_dir")
     if not folder.exists():
         return
-    known = (*_LEFTOVERS, *_RESULTS) if opt.overwrite else _LEFTOVERS
-    kept = {p.name for p in folder.iterdir()} - {p.name for pattern in known for p in folder.glob(pattern)}
+    kept = {p.name for p in folder.iterdir()} - {p.name for pattern in _LEFTOVERS for p in folder.glob(pattern)}
     metrics = folder / "metrics.jsonl"
     if opt.overwrite:
-        others = [other for other in ("weights", "child") if other != stem and checkpoint.epochs(folder, other)]
-        if others or kept:
-            what = f"has {min(kept)}, which no run leaves" if kept else "is of another script"
+        strange = [name for name in kept if not _RESULTS.fullmatch(name) or not (folder / name).is_file()]
+        if strange or not _own(folder, opt, stem):
+            what = f"has {min(strange)}, which no run leaves" if strange else "is of another script"
             raise UserError(f"--overwrite True: {folder} {what}; give another --name, or remove it yourself")
     elif kept or (metrics.exists() and metrics.stat().st_size):
         other = "it has no checkpoint of this script to go on from" if opt.resume else "or --resume True to go on"
         raise UserError(f"{folder} exists; give another --name, {other}, or --overwrite True to lose it")
+
+
+def _own(folder: Path, opt: RunOptions, stem: str) -> bool:
+    """Whether the run in a folder is of the script of these options, as far as it is known."""
+    others = [other for other in ("weights", "child") if other != stem]
+    if any(checkpoint.latest(folder, other) for other in others):
+        return False
+    try:
+        stored = yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return True
+    marks = ("genotype", "sampler", "eta")  # of retrain.py, of searches, of main_constraint.py
+    return isinstance(stored, dict) and all((mark in stored) == hasattr(opt, mark) for mark in marks)
 
 
 def check_same_options(opt: RunOptions, stored: Mapping[str, Any], folder: Path, advice: str = "") -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -47,6 +47,7 @@ class Run(Generic[Options]):
     metrics: dict[str, Any] = field(default_factory=dict)  # the row of the last finished epoch
     stop: Stop = field(default_factory=Stop)
     world: World = ALONE  # the processes that share it
+    begin: Callable[[], None] = lambda: None  # writes what a run says of itself, once it is known to be possible
 
     @property
     def started(self) -> int:
@@ -69,18 +70,17 @@ class Run(Generic[Options]):
 
     def train_batches(self, epoch: int, first: int = 0) -> Batches:
         """This process's share of the augmented training batches of an epoch, from the step `first` on."""
-        part = self.world.rank, self.world.size
-        return self.data.train_batches(self.opt.batch_size, epoch, self.device, first, part)
+        return self.data.train_batches(self.opt.batch_size, epoch, self.device, first, self.world.part)
 
     def plain_train_batches(self, epoch: int) -> Batches:
         """This process's share of training images for the statistics of batch norms, on the device."""
         opt = self.opt
-        every = self.data.plain_train_batches(opt.eval_batch_size, opt.calibration_batches, epoch, self.device)
-        return self.world.share(iter(every))
+        sizes = opt.eval_batch_size, opt.calibration_batches
+        return self.data.plain_train_batches(*sizes, epoch, self.device, self.world.part)
 
     def batches(self, split: str) -> Batches:
         """This process's share of the images of a split, on the device."""
-        return self.world.share(iter(self.data.batches(split, self.opt.eval_batch_size, self.device)))
+        return self.data.batches(split, self.opt.eval_batch_size, self.device, self.world.part)
 
     def autocast(self) -> torch.autocast:
         """The precision of the run as a context."""
@@ -108,14 +108,19 @@ class Run(Generic[Options]):
                     f"its own is named in {self.folder}/options.yaml"
                 )
             for name, part in parts.items():
+                kinds, fixed = _kinds(part.state_dict()), _fixed(part)
                 try:
                     part.load_state_dict(self.loaded["parts"][name])
+                    if not _alike(kinds, _kinds(part.state_dict())) or fixed != _fixed(part) or not _moments_fit(part):
+                        raise ValueError
                 except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
                     raise UserError(
                         f"the checkpoint in {self.folder} does not fit this run: its {name} is another's"
                     ) from None
             self.metrics = dict(self.loaded["metrics"])
         self.parts = parts
+        if self.world.first:
+            self.begin()
 
     def save(self, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Write the checkpoint of an epoch; drop the one before unless save_freq keeps it, and those within it."""
@@ -154,6 +159,50 @@ class Run(Generic[Options]):
             "extra": self.extra,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
+
+
+def _kinds(value: Any) -> Any:
+    """What a state consists of: its containers with the kinds of things in them, and the shapes of tensors."""
+    if isinstance(value, Mapping):
+        return {key: _kinds(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_kinds(one) for one in value]
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    return float if type(value) in (int, float) else type(value)
+
+
+def _alike(before: Any, after: Any) -> bool:
+    """Whether what was there before is of the same kind; an optimizer gets its moments."""
+    if isinstance(before, dict):
+        return isinstance(after, dict) and all(key in after and _alike(before[key], after[key]) for key in before)
+    if isinstance(before, list):
+        return isinstance(after, list) and len(before) == len(after) and all(map(_alike, before, after))
+    return bool(before == after)
+
+
+def _fixed(part: Stateful) -> dict[str, Any]:
+    """What a schedule of learning rates has from the options, and no step changes."""
+    if not isinstance(part, torch.optim.lr_scheduler.LRScheduler):
+        return {}
+    moving = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial")
+    return {name: value for name, value in part.state_dict().items() if name not in moving}
+
+
+_MOMENTS = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
+
+
+def _moments_fit(part: Stateful) -> bool:
+    """Whether what an optimizer keeps is of its parameters."""
+    names = next((names for kind, names in _MOMENTS.items() if isinstance(part, kind)), None)
+    if names is None or not isinstance(part, torch.optim.Optimizer):
+        return True
+    kept = [(p, name, value) for p, state in part.state.items() for name, value in state.items()]
+    whole = all(state.keys() == names for state in part.state.values())
+    return whole and all(
+        isinstance(value, torch.Tensor) and value.shape == (() if name == "step" else p.shape)
+        for p, name, value in kept
+    )
 
 
 def check_finite(run: Run[Any], name: str, value: float, epoch: int) -> None:

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from options import Interrupted
+from options import Interrupted, first_process
 
 _AGAIN = 1.0  # seconds after which a signal is a second one: torchrun hands on what its processes got themselves
 
@@ -42,11 +41,9 @@ class Stop:
                 signal.signal(number, handler)
 
         def told(number: int, frame: FrameType | None) -> None:
-            if self.number is None:
-                self.number, self._when = number, time.monotonic()
-                print(
-                    "\nstopping after this step; once more stops at once, without saving", file=sys.stderr, flush=True
-                )
+            if self.learn(number):
+                if first_process():
+                    os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
             elif time.monotonic() - self._when > _AGAIN:
                 restore()
                 os.kill(os.getpid(), number)
@@ -58,6 +55,13 @@ class Stop:
         finally:
             if not self.told:
                 restore()
+
+    def learn(self, number: int) -> bool:
+        """That some process of the run was told to, by a signal; 0 is none. Whether that is news."""
+        if not number or self.number is not None:
+            return False
+        self._when, self.number = time.monotonic(), number
+        return True
 
     def check(self) -> None:
         """Raise Interrupted if the process was told to."""

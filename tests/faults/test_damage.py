@@ -72,6 +72,10 @@ def test_one_that_claims_more_than_it_has_takes_no_memory(tmp_path: Path) -> Non
     assert path.stat().st_size < 10**6
     with pytest.raises(UserError, match="larger than the file"):
         checkpoint.read(path)
+    with path.open("r+b") as file:
+        checkpoint._seal(file)  # by somebody who means it
+    with pytest.raises(UserError, match="larger than the file"):
+        checkpoint.read(path)
 
 
 def test_one_of_before_has_the_checksums_of_its_archive(tmp_path: Path) -> None:

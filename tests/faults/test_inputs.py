@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from test_damage import folder  # noqa: F401
+from test_moments import ending, handlers  # noqa: F401
 
 import inspect_model
 import main
 import options
+import retrain
 import utils
 from child import cells
 from loading import kept, records
@@ -27,7 +31,7 @@ from options import UserError
 from options.default_option import TrainOptions
 from training import checkpoint
 
-CASES = 2000 if os.environ.get("SNAS_FAULTS") == "long" else 40  # of each loader
+CASES = 2000 if os.environ.get("SNAS_FAULTS") == "long" else 200  # of each loader
 ODD = (
     None, True, 0, -1, 1, 3, 1e308, -1e-300, float("nan"), float("inf"), 2**31, 2**63, 10**40, "", "x", "snas", "\x00", "../../x",
     "a" * 5000, "ä\u2028", [], [[]], {}, {"a": []}, [None], [1, 2], ["sep_conv_3x3", 0], "1e5", "yes", b"x", (1,),
@@ -42,6 +46,8 @@ def mutated(content: Any, draw: random.Random) -> Any:
         key = draw.choice([*place]) if isinstance(place, dict) else draw.randrange(len(place))
         path.append((place, key))
         place = place[key]
+    if not path:
+        return draw.choice(ODD)
     where, key = path[-1]
     kind = draw.randrange(6)
     if kind == 0:
@@ -151,20 +157,28 @@ def test_checkpoints_that_are_whole_but_hold_something_else(tmp_path: Path, fold
         tried(look, repr({key: value for key, value in other.items() if key != "parts"}))
 
 
+@pytest.mark.parametrize("stem", ["weights", "child"])
 def test_runs_go_on_from_a_checkpoint_that_holds_something_else_or_not(
-    tmp_path: Path,
-    folder: Path,  # noqa: F811
+    stem: str, searched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content, draw = checkpoint.load(folder / "weights_epoch_1.pt"), random.Random(3)
-    place = tmp_path / "experiments" / "run"
-    given = [f"--config={folder}/options.yaml", f"--experiments_dir={tmp_path}/experiments", "--resume=True"]
-    for _ in range(CASES // 5):
-        utils.clear(tmp_path, "experiments")
+    """Of one that was written within an epoch, whose parts are all there."""
+    small = ["--layers=3", "--init_channels=4", "--nodes=1", "--batch_size=4", "--crop_padding=1", "--device=cpu"]
+    script, given = (main, [*searched[:3], *small]) if stem == "weights" else (retrain, searched)
+    given = [*given, "--epochs=2", "--name=cut", "--resume=True"]
+    with monkeypatch.context() as patched:
+        ending(2, lambda: os.kill(os.getpid(), signal.SIGTERM), patched)
+        with pytest.raises(options.Interrupted):
+            script.main(given)
+    place = tmp_path / "experiments" / "cut"
+    content, draw = checkpoint.load(place / f"{stem}_epoch_1_step_2.pt"), random.Random(3)
+    for number in range(CASES // 2):
+        utils.clear(tmp_path / "experiments", "cut")
         place.mkdir(parents=True)
-        (place / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
-        other = mutated(content, draw)
-        checkpoint.save(place / "weights_epoch_1.pt", {key: value for key, value in other.items() if key != "format"})
-        tried(lambda: main.main([*given, f"--visualizations_dir={tmp_path}/v"]), repr(other)[:3000])
+        key = draw.choice(["within", "extra", "parts", "options", "split"]) if number % 2 else None
+        other = mutated(content, draw) if key is None else {**content, key: mutated(content[key], draw)}
+        path = place / f"{stem}_epoch_1_step_2.pt"
+        checkpoint.save(path, {name: value for name, value in other.items() if name != "format"})
+        tried(lambda: script.main(given), repr({**other, "parts": 0})[:3000])
 
 
 def test_decoded_images(tmp_path: Path) -> None:

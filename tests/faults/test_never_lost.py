@@ -13,9 +13,20 @@ import yaml
 from test_moments import ending, left
 
 import main
+import main_constraint
 import retrain
 from options import UserError
 from training import checkpoint, run
+
+SMALL = [
+    "--layers=3",
+    "--init_channels=4",
+    "--nodes=1",
+    "--batch_size=4",
+    "--crop_padding=1",
+    "--epochs=2",
+    "--device=cpu",
+]
 
 
 def test_a_run_is_overwritten_when_that_is_said_and_begins_anew(arguments: list[str]) -> None:
@@ -45,6 +56,41 @@ def test_overwriting_removes_runs_of_its_own_script_alone(searched: list[str], t
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
     with pytest.raises(SystemExit):
         main.main([*searched[:3], "--resume=True", "--overwrite=True"])
+
+
+@pytest.mark.parametrize("bad", ["--target_params=1", "--genotype=nobody", "--auxiliary=True"])
+def test_what_cannot_begin_takes_nothing_away(bad: str, searched: list[str]) -> None:
+    bounded = [*searched[:3], *SMALL, "--name=again", "--target_params=3000"]
+    script, given = (main_constraint, bounded) if "params" in bad else (retrain, searched)
+    folder = script.main(given).folder
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".lock", ".writer")}
+
+    before = content()
+    with pytest.raises(UserError):
+        script.main([*given, bad, "--overwrite=True"])
+    assert content() == before
+    if script is retrain:  # a child of the cell that is in its own folder
+        assert retrain.main([*given, "--genotype=again", "--overwrite=True"]).folder == folder
+
+
+@pytest.mark.parametrize("left", ["child_epoch_1_step_5.pt", "teacher_epoch_5.pt", "child.data/", "child_notes.py"])
+def test_files_of_others_are_not_taken_for_those_of_a_run(left: str, arguments: list[str]) -> None:
+    folder = main.main(arguments).folder
+    (folder / left).mkdir() if left.endswith("/") else (folder / left).write_text("mine")
+    with pytest.raises(UserError, match=r"which no run leaves|is of another script"):
+        main.main([*arguments, "--overwrite=True"])
+    assert (folder / left).exists() and (folder / "genotype.json").exists()
+
+
+def test_a_search_with_a_budget_and_one_without_do_not_overwrite_each_other(arguments: list[str]) -> None:
+    main.main(arguments)
+    main_constraint.main([*arguments, "--name=bounded", "--target_params=3000"])
+    with pytest.raises(UserError, match="is of another script"):
+        main_constraint.main([*arguments, "--target_params=3000", "--overwrite=True"])
+    with pytest.raises(UserError, match="is of another script"):
+        main.main([*arguments, "--name=bounded", "--overwrite=True"])
 
 
 @pytest.fixture

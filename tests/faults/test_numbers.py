@@ -26,8 +26,9 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """The images of these training steps of a run of three an epoch, from 1, are no numbers."""
     real = Data.train_batches
 
-    def batches(self: Data, size: int, epoch: int, device: torch.device, first: int = 0) -> Any:
-        for number, (images, targets) in enumerate(real(self, size, epoch, device, first), 3 * (epoch - 1) + first + 1):
+    def batches(self: Data, size: int, epoch: int, device: torch.device, first: int, part: tuple[int, int]) -> Any:
+        every = real(self, size, epoch, device, first, part)
+        for number, (images, targets) in enumerate(every, 3 * (epoch - 1) + first + 1):
             yield (images * math.nan if number in steps else images), targets
 
     monkeypatch.setattr(Data, "train_batches", batches)
@@ -74,6 +75,12 @@ def test_more_than_a_few_bad_batches_end_a_run(arguments: list[str], monkeypatch
     spoiled(monkeypatch, *range(4, 10))
     with pytest.raises(UserError, match="as in 3 other steps of this epoch"):
         main.main([*arguments, "--on_nonfinite=skip", "--batch_size=2"])
+
+
+def test_an_epoch_without_a_good_batch_ends_a_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled(monkeypatch, 1, 2, 3)
+    with pytest.raises(UserError, match=r"as in 2 other steps of this epoch; last good checkpoint: none yet"):
+        main.main([*arguments, "--on_nonfinite=skip"])
 
 
 def test_nothing_is_stepped_where_one_of_two_gradients_is_no_number() -> None:

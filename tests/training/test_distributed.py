@@ -21,7 +21,7 @@ import search
 from model_search import Network
 from objective import Objective
 from options import UserError
-from training import checkpoint, distributed
+from training import checkpoint, distributed, loop
 from training.distributed import World
 from training.evaluation import estimate_statistics, predict
 
@@ -168,6 +168,27 @@ def test_a_signal_stops_all_and_a_dead_process_ends_all(arguments: list[str], tm
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "another process of this run has ended" in errors or "interrupted" in errors, errors
+
+
+def test_an_epoch_goes_on_with_as_many_processes_or_others() -> None:
+    """The state of a mean, which each process has its part of."""
+
+    class Two(World):
+        def gather(self, item: Any) -> list[Any]:
+            return [item, [2 * number for number in item]]
+
+    mean = loop.Mean(Two(0, 2))
+    mean.add({"a": torch.tensor(1.0)}, 3)
+    state = mean.state()
+    assert state == {"names": ["a"], "sums": [[3.0, 3.0], [6.0, 6.0]]}
+    for rank, wanted in ((0, [3.0, 3.0]), (1, [6.0, 6.0])):
+        again = loop.Mean(World(rank, 2))
+        again.go_on(state, torch.device("cpu"))
+        assert again._own() == wanted
+    for rank, size, wanted in ((0, 1, [9.0, 9.0]), (0, 3, [9.0, 9.0]), (2, 3, [0.0, 0.0])):
+        again = loop.Mean(World(rank, size))
+        again.go_on(state, torch.device("cpu"))
+        assert again._own() == wanted
 
 
 def test_what_cannot_be_divided_is_refused() -> None:
