@@ -3,6 +3,7 @@
 After every step all of them hold the same weights, statistics and optimizers, so that the first may write for all.
 """
 
+import gc
 import io
 import os
 import sys
@@ -138,6 +139,7 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
                     yield World(rank, size), chosen
     finally:
         dist.destroy_process_group()
+        gc.collect()  # its threads end now, not somewhere in the end of the process
 
 
 def count() -> int:

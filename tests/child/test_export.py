@@ -239,7 +239,7 @@ def test_an_earlier_epoch_does_not_carry_the_figures_of_the_last(trained: list[s
     folder = tmp_path / "experiments" / "again"
     content = checkpoint.load(folder / "child_epoch_3.pt")
     content["parts"]["network"]["classifier.bias"] += 1
-    checkpoint.save(folder / "child_epoch_2.pt", {**content, "epoch": 2})
+    checkpoint.save(folder / "child_epoch_2.pt", {**content, "epoch": 2, "metrics": {**content["metrics"], "epoch": 2}})
     exported = export_model.main([trained[0], f"--checkpoint={folder}/child_epoch_2.pt"])
     assert exported.card["test"] is None
     assert "not been tested" in exported.cards[0].read_text()

@@ -77,10 +77,10 @@ def test_an_interrupted_retraining_resumes_bit_for_bit(
     whole = retrain.main([*searched, *extra, "--name=whole"])
     one_epoch = retraining._one_epoch
 
-    def dying(run: object, learner: object, epoch: int) -> object:
+    def dying(run: object, learner: object, epoch: int, buffers: object) -> object:
         if epoch == 3:
             raise KeyboardInterrupt
-        return one_epoch(run, learner, epoch)  # type: ignore[arg-type]
+        return one_epoch(run, learner, epoch, buffers)  # type: ignore[arg-type]
 
     monkeypatch.setattr(retraining, "_one_epoch", dying)
     with pytest.raises(KeyboardInterrupt):

@@ -136,6 +136,9 @@ def test_a_search_and_a_retraining_on_two_processes(arguments: list[str], tmp_pa
              "--batch_size=4", "--auxiliary=False", "--crop_padding=1", "--cutout=False", "--device=cpu", "--ema_decay=0.5"]  # fmt: skip
     process = torchrun(["retrain.py", *child])
     _, errors = process.communicate(timeout=300)
+    if "terminate called without an active exception" in errors:  # seen once in thirty runs: PyTorch at its very end
+        process = torchrun(["retrain.py", *child, "--resume=True"])
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     tested = json.loads((tmp_path / "experiments" / "child" / "test.json").read_text())
     again = retrain.main([*child, "--eval_only=True"]).figures
