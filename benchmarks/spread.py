@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -124,10 +124,10 @@ def _share(number: int, jobs: int) -> dict[str, str]:
     return threads | ({"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {})
 
 
-def _wait(job: Any, line: str, sleep: Callable[[float], None] = time.sleep) -> int:
+def _wait(job: Any, line: str) -> int:
     """The exit code of a job, said in a line."""
     while not job.done():
-        sleep(1)
+        time.sleep(1)
     try:
         code = int(job.result())
     except Exception as error:  # submitit's own kinds: it was killed, or never ran

@@ -90,9 +90,8 @@ def load(path: Path) -> dict[str, Any]:
             shape = (num_edges(opt.nodes), len(SPACES[opt.space]))
             if any(tuple(state[f"alpha_{kind}"].shape) != shape for kind in ("normal", "reduce")):
                 raise UserError("its alpha is not of its space")
-        else:
-            if options.restore(ChildOptions, content["options"]).network == "cells":
-                Genotype.from_dict(content["extra"]["genotype"])
+        elif options.restore(ChildOptions, content["options"]).network == "cells":
+            Genotype.from_dict(content["extra"]["genotype"])
         _check_within(content.get("within"))
     except UserError as error:
         raise UserError(f"{path} is no checkpoint of a run: {error}") from None
@@ -163,7 +162,7 @@ def _fault(path: Path) -> str | None:
                     if _digest(file, file.seek(0, os.SEEK_END) - _COMMENT) == said:
                         return None
             broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError):
         return "it is no whole archive"
     if broken is not None:
         return f"{_name(path, broken)} is not what was written"

@@ -112,13 +112,15 @@ Statistics = list[tuple[Tensor, Tensor]]  # mean and variance (C,) of each norm
 
 def _statistics(norm: Norm) -> tuple[Tensor, Tensor]:
     assert norm.running_mean is not None and norm.running_var is not None
-    return norm.running_mean.clone(), norm.running_var.clone()
+    return norm.running_mean, norm.running_var
 
 
 def _merged(seen: int, so_far: Statistics, count: int, more: Statistics) -> tuple[int, Statistics]:
     """Images and statistics with those of `count` more images."""
-    if not seen or not count:
-        return seen + count, more if count else so_far
+    if not count:
+        return seen, so_far
+    if not seen:  # copies, since the next batch overwrites the norms' own
+        return count, [(mean.clone(), var.clone()) for mean, var in more]
     share, merged = count / (seen + count), []
     for (mean, var), (its_mean, its_var) in zip(so_far, more, strict=True):
         away = its_mean - mean

@@ -87,12 +87,13 @@ def update(
 ) -> Tensor:
     """One backward pass, then for every (optimizer, limit): clip the norm of its gradient, step.
 
-    Returns:
-        The loss; not a number where a gradient is none, so that the figures of an epoch show it.
-
     Args:
         check: raise NonFinite where it applies on a GPU too, which waits for the GPU.
         world: of several processes, whose gradients are averaged. buffers: what is averaged with them.
+    Returns:
+        The loss of this process (); where nobody has checked, no number if a gradient is none: the figures show it.
+    Raises:
+        NonFinite: a loss or gradient is no number; nothing was stepped.
     """
     optimizers = list(optimizers)
     for optimizer, _ in optimizers:
@@ -100,13 +101,14 @@ def update(
     loss.backward()
     mean = world.average(loss, [p for one, _ in optimizers for p in one.param_groups[0]["params"]], buffers)
     norms = [nn.utils.clip_grad_norm_(one.param_groups[0]["params"], limit) for one, limit in optimizers]
-    if check or loss.device.type == "cpu":
+    checked = check or loss.device.type == "cpu"
+    if checked:
         for name, value in [("loss", mean), *(("norm of the gradient", norm) for norm in norms)]:
             if not torch.isfinite(value):
                 raise NonFinite(f"the {name} became {value.item()}")
     for optimizer, _ in optimizers:
         optimizer.step()
-    return loss.detach() + sum(0 * norm for norm in norms)
+    return loss.detach() if checked else loss.detach() + sum(0 * norm for norm in norms)
 
 
 class _Tolerance:
