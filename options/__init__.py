@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -83,8 +83,10 @@ def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: 
     parser.add_class_arguments(options)
     arguments = sys.argv[1:] if argv is None else list(argv)
     _check_config_files(parser, arguments)
-    parsed = parser.parse_args(arguments)
-    values = {field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    try:
+        values = _values(options, parser.parse_args(arguments).as_dict())
+    except UserError as error:
+        parser.error(str(error))
     result = options(**values)
     for name, value in values.items():
         if value == "":
@@ -118,6 +120,16 @@ def given(opt: Any) -> set[str]:
     return set(
         vars(opt).get(_SAID, {name for name, value in to_dict(opt).items() if value != to_dict(type(opt)())[name]})
     )
+
+
+def _values(options: type[Any], parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """What was parsed, by field; raises UserError for a null, which the parser takes, where there has to be a value."""
+    hints = get_type_hints(options)
+    values = {field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)}
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(hints[name]):
+            raise UserError(f"--{name} is null; leave it out, or give a value")
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -199,7 +211,7 @@ def restore(options: type[O], stored: Mapping[str, Any]) -> O:
         parsed = parser.parse_object(known)
     except (TypeError, KeyError, AttributeError, OverflowError) as error:  # of things that are no options at all
         raise UserError(f"an option has a value of the wrong kind ({error})") from None
-    return options(**{field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)})  # type: ignore[arg-type]
+    return options(**_values(options, parsed.as_dict()))
 
 
 def in_words(error: OSError) -> str:
@@ -215,20 +227,31 @@ def out_of_memory(error: BaseException) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(word in str(error) for word in words)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(number)
+
+
+def _behind(error: BaseException) -> BaseException:
+    """The interruption that an error comes from, or the error: compiled modules make others of one in their import."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, KeyboardInterrupt):
+        link = link.__cause__ or link.__context__
+    return link or error
 
 
 def entry(main: Callable[[], Any]) -> None:
     """Run a script's main as a program: bad input is one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
     name = Path(sys.argv[0]).name + ("" if first_process() else f" (process {os.environ['RANK']})")
     if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGTERM, _interrupted)
     for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show does not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        except (ImportError, SystemError) as error:
+            raise _behind(error) from None
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -41,6 +41,23 @@ def test_ctrl_c_is_one_line_and_exit_code_130() -> None:
     assert done.returncode == 130 and done.stderr == "\n-c: interrupted\n"
 
 
+@pytest.mark.parametrize("kind", ["ImportError", "SystemError"])
+def test_an_interruption_that_a_module_makes_another_error_of_is_one(kind: str) -> None:
+    code = f"""
+import os, signal, options
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            pass
+    except BaseException as error:
+        raise {kind}("initialization failed") from error
+options.entry(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143 and done.stderr == "\n-c: interrupted\n"
+
+
 def test_ctrl_c_in_a_search_says_how_to_go_on(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "main.py", *arguments, "--epochs=1000"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background it is ignored

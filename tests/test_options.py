@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 import options
+from options import UserError
 from options.child_option import ChildOptions
 from options.default_option import TrainOptions
 
@@ -159,6 +160,20 @@ def test_numbers_of_no_use_are_refused_by_name(option: str, number: str, capsys:
         options.parse(TrainOptions, [f"--{option}={number}"], "main.py", "")
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"--{option}" in error
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "arch_betas", "epochs", "resume"])
+def test_null_is_refused_where_there_is_a_value(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{option}: null\nsplit: null\n")
+    for argv in ([f"--config={config}"], [f"--{option}=null"]):
+        with pytest.raises(SystemExit):
+            options.parse(TrainOptions, argv, "main.py", "")
+        assert f"--{option}" in capsys.readouterr().err
+    with pytest.raises(UserError, match=option):
+        options.restore(TrainOptions, {option: None, "split": None})
 
 
 @pytest.mark.parametrize("option", ["split", "dataset", "name", "cache_dir"])
