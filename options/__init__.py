@@ -88,9 +88,6 @@ def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: 
     except UserError as error:
         parser.error(str(error))
     result = options(**values)
-    for name, value in values.items():
-        if value == "":
-            parser.error(f"--{name} is empty; leave it out, or give a value")
     said = parser.parse_args(arguments, defaults=False)
     result.__dict__[_SAID] = {name for name in values if said.get(name) is not None}
     try:
@@ -123,12 +120,12 @@ def given(opt: Any) -> set[str]:
 
 
 def _values(options: type[Any], parsed: Mapping[str, Any]) -> dict[str, Any]:
-    """What was parsed, by field; raises UserError for a null, which the parser takes, where there has to be a value."""
+    """What was parsed, by field; raises UserError for what the parser takes but is no value: empty text, a stray null."""
     hints = get_type_hints(options)
     values = {field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)}
     for name, value in values.items():
-        if value is None and type(None) not in get_args(hints[name]):
-            raise UserError(f"--{name} is null; leave it out, or give a value")
+        if value == "" or (value is None and type(None) not in get_args(hints[name])):
+            raise UserError(f"--{name} is {'null' if value is None else 'empty'}; leave it out, or give a value")
     return values
 
 
@@ -231,12 +228,11 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(number)
 
 
-def _behind(error: BaseException) -> BaseException:
-    """The interruption that an error comes from, or the error: compiled modules make others of one in their import."""
-    link: BaseException | None = error
-    while link is not None and not isinstance(link, KeyboardInterrupt):
-        link = link.__cause__ or link.__context__
-    return link or error
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """What an error comes from, if that is one: compiled modules make another error of one in their import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def entry(main: Callable[[], Any]) -> None:
@@ -251,7 +247,9 @@ def entry(main: Callable[[], Any]) -> None:
         try:
             main()
         except (ImportError, SystemError) as error:
-            raise _behind(error) from None
+            if stop := _interruption(error):
+                raise stop from None
+            raise
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -58,6 +58,15 @@ options.entry(main)
     assert done.returncode == 143 and done.stderr == "\n-c: interrupted\n"
 
 
+def test_a_module_that_cannot_be_imported_keeps_its_cause() -> None:
+    def fail() -> None:
+        raise ImportError("initialization failed") from KeyError("why")
+
+    with pytest.raises(ImportError) as caught:
+        options.entry(fail)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 def test_ctrl_c_in_a_search_says_how_to_go_on(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "main.py", *arguments, "--epochs=1000"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background it is ignored
