@@ -120,7 +120,7 @@ def given(opt: Any) -> set[str]:
 
 
 def _values(options: type[Any], parsed: Mapping[str, Any]) -> dict[str, Any]:
-    """What was parsed, by field; raises UserError for what the parser takes but is no value: empty text, a stray null."""
+    """What was parsed, by field; raises UserError for what the parser takes though it is none: empty text, null."""
     hints = get_type_hints(options)
     values = {field.name: _plain(parsed[field.name]) for field in dataclasses.fields(options)}
     for name, value in values.items():
