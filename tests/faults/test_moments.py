@@ -68,8 +68,12 @@ def left(folder: Path, stem: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """A run that was told to stop leaves its own: the process is about to end."""
+    """Those of a process in the foreground, also where the tests run in the background, which ignores SIGINT.
+
+    Afterwards as before: a run that was told to stop leaves its own, since the process is about to end.
+    """
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for one, handler in before.items():
         signal.signal(one, handler)
@@ -87,12 +91,12 @@ def ending(at: int, how: Callable[[], None], monkeypatch: pytest.MonkeyPatch) ->
     """`how` is called in the `at`-th update."""
     update, count = loop.update, 0
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **more: Any) -> Any:
         nonlocal count
         count += 1
         if count == at:
             how()
-        return update(*args)
+        return update(*args, **more)
 
     monkeypatch.setattr(loop, "update", counted)
 
