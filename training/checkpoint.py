@@ -1,6 +1,7 @@
 """Checkpoints: tensors and plain containers, written in one move, loaded with weights_only=True, or not if damaged."""
 
 import hashlib
+import json
 import os
 import re
 import zipfile
@@ -65,7 +66,7 @@ _KINDS = {"stem": str, "epoch": int, **dict.fromkeys(("options", "data", "split"
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint of a run: read, and with all that a run's has.
+    """The checkpoint of a run: read, and with all that a run's has; options that it lacks have their defaults.
 
     Raises:
         UserError: see read; or it holds something else.
@@ -79,23 +80,26 @@ def load(path: Path) -> dict[str, Any]:
             raise UserError("its epoch or a part of it is of another kind")
         if not all(isinstance(value, torch.Tensor) for value in content["parts"].get("network", {0: 0}).values()):
             raise UserError("its network is missing or of another kind")
+        json.dumps([value for name, value in content.items() if name != "parts"])  # all but tensors is plain
         DataInfo(**content["data"]).check()
         records.of_record(content["split"])
         if not all(type(value) in (int, float) for value in content["metrics"].values()):
             raise UserError("its metrics are no numbers")
         if content["epoch"] and content["metrics"].get("epoch") != content["epoch"]:
             raise UserError("its metrics are of another epoch")
-        if content["stem"] == "weights":
-            opt, state = options.restore(ConstraintOptions, content["options"]), content["parts"].get("network", {})
+        opt = options.restore(ConstraintOptions if content["stem"] == "weights" else ChildOptions, content["options"])
+        content["options"] |= options.to_dict(opt)
+        if isinstance(opt, ConstraintOptions):
+            state = content["parts"].get("network", {})
             shape = (num_edges(opt.nodes), len(SPACES[opt.space]))
             if any(tuple(state[f"alpha_{kind}"].shape) != shape for kind in ("normal", "reduce")):
                 raise UserError("its alpha is not of its space")
-        elif options.restore(ChildOptions, content["options"]).network == "cells":
+        elif isinstance(opt, ChildOptions) and opt.network == "cells":
             Genotype.from_dict(content["extra"]["genotype"])
         _check_within(content.get("within"))
     except UserError as error:
         raise UserError(f"{path} is no checkpoint of a run: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, re.error):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error):
         raise UserError(f"{path} is no checkpoint of a run: its data or its split is of another kind") from None
     return content
 
