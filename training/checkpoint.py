@@ -19,6 +19,7 @@ from loading.sets import DataInfo
 from options import UserError
 from options.child_option import ChildOptions
 from options.constraint_option import ConstraintOptions
+from options.default_option import TrainOptions
 
 FORMAT = 2  # of the mapping in the file; a loader refuses others, but for 1, which had no digest
 _MARK = b"blake2b "  # the archive's comment: this and the digest, in hexadecimal digits, of all that is before it
@@ -87,14 +88,14 @@ def load(path: Path) -> dict[str, Any]:
             raise UserError("its metrics are no numbers")
         if content["epoch"] and content["metrics"].get("epoch") != content["epoch"]:
             raise UserError("its metrics are of another epoch")
-        opt = options.restore(ConstraintOptions if content["stem"] == "weights" else ChildOptions, content["options"])
-        content["options"] |= options.to_dict(opt)
-        if isinstance(opt, ConstraintOptions):
-            state = content["parts"].get("network", {})
+        search = content["stem"] == "weights"
+        content["options"] = options.to_dict(TrainOptions() if search else ChildOptions()) | content["options"]
+        if search:
+            opt, state = options.restore(ConstraintOptions, content["options"]), content["parts"].get("network", {})
             shape = (num_edges(opt.nodes), len(SPACES[opt.space]))
             if any(tuple(state[f"alpha_{kind}"].shape) != shape for kind in ("normal", "reduce")):
                 raise UserError("its alpha is not of its space")
-        elif isinstance(opt, ChildOptions) and opt.network == "cells":
+        elif options.restore(ChildOptions, content["options"]).network == "cells":
             Genotype.from_dict(content["extra"]["genotype"])
         _check_within(content.get("within"))
     except UserError as error:

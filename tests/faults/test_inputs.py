@@ -157,6 +157,23 @@ def test_checkpoints_that_are_whole_but_hold_something_else(tmp_path: Path, fold
         tried(look, repr({key: value for key, value in other.items() if key != "parts"}))
 
 
+def test_options_that_a_checkpoint_lacks_are_defaults_and_bytes_are_refused(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    content, path = checkpoint.load(folder / "weights_epoch_2.pt"), tmp_path / "weights_epoch_2.pt"
+    del content["format"]
+    fewer = {name: value for name, value in content["options"].items() if name not in ("flip", "init_channels")}
+    checkpoint.save(path, {**content, "options": fewer})
+    loaded = checkpoint.load(path)["options"]
+    assert loaded == content["options"] | {"flip": "horizontal", "init_channels": TrainOptions().init_channels}
+    with pytest.raises(UserError, match="not those of a network of its options"):  # 4 channels, not the default
+        Network.from_checkpoint(checkpoint.load(path))
+    checkpoint.save(path, {**content, "extra": {"x": b"x"}})
+    with pytest.raises(UserError, match="no checkpoint of a run"):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize("stem", ["weights", "child"])
 def test_runs_go_on_from_a_checkpoint_that_holds_something_else_or_not(
     stem: str, searched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
