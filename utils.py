@@ -140,6 +140,8 @@ def claim(folder: Path, owner: Path, option: str) -> None:
     Raises:
         UserError: it is, or cannot be written; names the option.
     """
+    if folder.resolve() == owner.resolve():
+        raise UserError(f"--{option}: {folder} is for the run's own files; give another --{option}")
     writable(folder, option)
     mark, own = folder / ".of", owner.resolve()
     text = mark.read_text(encoding="utf-8", errors="backslashreplace") if mark.is_file() else ""

@@ -229,9 +229,10 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
-    """What an error comes from, if that is one: compiled modules make another error of one in their import."""
+    """What an error was made of, if that is one: the interpreter and compiled modules do so in imports."""
+    importing = isinstance(error, ImportError | SystemError)  # whose cause may be no more than their context
     while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (error.__context__ if importing else None)
     return error
 
 
@@ -246,7 +247,7 @@ def entry(main: Callable[[], Any]) -> None:
     try:
         try:
             main()
-        except (ImportError, SystemError) as error:
+        except Exception as error:
             if stop := _interruption(error):
                 raise stop from None
             raise

@@ -41,7 +41,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130() -> None:
     assert done.returncode == 130 and done.stderr == "\n-c: interrupted\n"
 
 
-@pytest.mark.parametrize("kind", ["ImportError", "SystemError"])
+@pytest.mark.parametrize("kind", ["ImportError", "SystemError", "RuntimeError"])
 def test_an_interruption_that_a_module_makes_another_error_of_is_one(kind: str) -> None:
     code = f"""
 import os, signal, options
@@ -56,6 +56,32 @@ options.entry(main)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 143 and done.stderr == "\n-c: interrupted\n"
+
+
+def test_an_interruption_while_a_class_is_made_is_one() -> None:
+    code = """
+import os, signal, options
+class Field:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            pass
+signal.signal(signal.SIGINT, signal.default_int_handler)
+options.entry(lambda: type("Record", (), {"field": Field()}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr == "\n-c: interrupted\n"
+
+
+def test_a_fault_while_an_interruption_is_dealt_with_is_shown() -> None:
+    def fail() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("a fault")  # noqa: B904
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        options.entry(fail)
 
 
 def test_a_module_that_cannot_be_imported_keeps_its_cause() -> None:

@@ -94,6 +94,12 @@ def test_pictures_of_another_run_are_not_taken_over(tmp_path: Path) -> None:
     utils.claim(place, runs[1], "visualizations_dir")
 
 
+def test_pictures_do_not_go_among_the_files_of_their_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is for the run's own files; give another --visualizations_dir"):
+        utils.claim(tmp_path / "one" / ".." / "run", tmp_path / "run", "visualizations_dir")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("line", ["[1]", "5", "{", "\udcff"])
 def test_a_line_that_is_no_row_is_left_out(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
