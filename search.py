@@ -30,7 +30,8 @@ from sampling import Z
 from training import distributed, loop, selection
 from training.distributed import ALONE, World
 from training.opening import open_run
-from training.run import Run, Stateful, announce
+from training.parts import Stateful
+from training.run import Run, announce
 from training.selection import evaluate_z
 
 # (network, info, opt) -> the objective; the loop knows none by name

@@ -28,7 +28,8 @@ from options import UserError
 from options.child_option import ChildOptions
 from training import checkpoint, distributed, evaluation, loop
 from training.opening import check_same_options, open_run
-from training.run import Run, Stateful, announce
+from training.parts import Stateful
+from training.run import Run, announce
 
 
 @dataclass

@@ -24,7 +24,7 @@ WINGS = {
     "fused": ["plain", "build", "operation", "choice"],
     "loading": ["pixels", "kept", "folders", "images", "sets", "records", "splits", "augmentation", "batches"],
     "resources": ["cost", "latency", "projection", "budget"],
-    "training": ["distributed", "checkpoint", "evaluation", "stopping", "run", "opening", "loop", "selection"],
+    "training": ["distributed", "checkpoint", "parts", "evaluation", "stopping", "run", "opening", "loop", "selection"],
     "child": ["baselines", "cells", "source", "testing", "program", "retraining", "card", "export", "comparison"],
 }
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}

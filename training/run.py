@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -17,16 +17,8 @@ from options import UserError
 from options.default_option import RunOptions
 from training import checkpoint
 from training.distributed import ALONE, World
+from training.parts import Stateful, put_back
 from training.stopping import Stop
-
-
-class Stateful(Protocol):
-    """Whatever a checkpoint has to bring back."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
-
 
 Options = TypeVar("Options", bound=RunOptions)
 
@@ -108,12 +100,9 @@ class Run(Generic[Options]):
                     f"its own is named in {self.folder}/options.yaml"
                 )
             for name, part in parts.items():
-                kinds, fixed = _kinds(part.state_dict()), _fixed(part)
                 try:
-                    part.load_state_dict(self.loaded["parts"][name])
-                    if not _alike(kinds, _kinds(part.state_dict())) or fixed != _fixed(part) or not _moments_fit(part):
-                        raise ValueError
-                except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+                    put_back(part, self.loaded["parts"][name])
+                except ValueError:
                     raise UserError(
                         f"the checkpoint in {self.folder} does not fit this run: its {name} is another's"
                     ) from None
@@ -159,50 +148,6 @@ class Run(Generic[Options]):
             "extra": self.extra,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
-
-
-def _kinds(value: Any) -> Any:
-    """What a state consists of: its containers with the kinds of things in them, and the shapes of tensors."""
-    if isinstance(value, Mapping):
-        return {key: _kinds(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_kinds(one) for one in value]
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape)
-    return float if type(value) in (int, float) else type(value)
-
-
-def _alike(before: Any, after: Any) -> bool:
-    """Whether what was there before is of the same kind; an optimizer gets its moments."""
-    if isinstance(before, dict):
-        return isinstance(after, dict) and all(key in after and _alike(before[key], after[key]) for key in before)
-    if isinstance(before, list):
-        return isinstance(after, list) and len(before) == len(after) and all(map(_alike, before, after))
-    return bool(before == after)
-
-
-def _fixed(part: Stateful) -> dict[str, Any]:
-    """What a schedule of learning rates has from the options, and no step changes."""
-    if not isinstance(part, torch.optim.lr_scheduler.LRScheduler):
-        return {}
-    moving = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial")
-    return {name: value for name, value in part.state_dict().items() if name not in moving}
-
-
-_MOMENTS = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
-
-
-def _moments_fit(part: Stateful) -> bool:
-    """Whether what an optimizer keeps is of its parameters."""
-    names = next((names for kind, names in _MOMENTS.items() if isinstance(part, kind)), None)
-    if names is None or not isinstance(part, torch.optim.Optimizer):
-        return True
-    kept = [(p, name, value) for p, state in part.state.items() for name, value in state.items()]
-    whole = all(state.keys() == names for state in part.state.values())
-    return whole and all(
-        isinstance(value, torch.Tensor) and value.shape == (() if name == "step" else p.shape)
-        for p, name, value in kept
-    )
 
 
 def check_finite(run: Run[Any], name: str, value: float, epoch: int) -> None:
