@@ -60,6 +60,7 @@ class Learner:
         return {name: part for name, part in (parts | {"scheduler": self.scheduler}).items() if part.state_dict()}
 
 
+ALPHAS = "alphas.jsonl"  # the logits (E, O) of both cells after every epoch
 _PAPER = 58_500  # steps of the paper's search: 150 epochs of 25,000 images by 64
 _HIGHEST = 0.1  # learning rate of alpha that a short run is given
 
@@ -162,6 +163,8 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
             print(f"note:    alpha's learning rate is {rate:.2g}: {opt.arch_learning_rate:g} is for {_PAPER:,} steps")
         if opt.compile:
             loop.compile_cells(learner.network.cells)
+        if run.world.first:
+            utils.keep_rows(run.folder / ALPHAS, run.epoch)
         row = loop.fit(
             run,
             lambda epoch: _one_epoch(run, learner, epoch),
@@ -210,6 +213,9 @@ def _one_epoch(run: Run[TrainOptions], learner: Learner, epoch: int) -> dict[str
     if epoch > run.opt.warmup_epochs:
         learner.objective.after_epoch(learner.alpha_optimizer)
     row |= _evaluate_epoch(run, learner, epoch, row["temperature"])
+    if run.world.first:
+        normal, reduce = ([[round(v, 5) for v in edge] for edge in a.tolist()] for a in learner.network.alphas())
+        utils.add_row(run.folder / ALPHAS, {"epoch": epoch, "normal": normal, "reduce": reduce})
     return row | learner.objective.report() | {"epoch_seconds": time.perf_counter() - start}
 
 

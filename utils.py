@@ -213,16 +213,13 @@ class MetricLog:
         self._writer: Any = None
         self.path, self.epoch = folder and folder / "metrics.jsonl", epoch
         if self.path is not None:
-            rows = [row for row in read_metrics(self.path) if row["epoch"] <= epoch] if self.path.exists() else []
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-            self.epoch = rows[-1]["epoch"] if rows else 0
+            self.epoch = keep_rows(self.path, epoch)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one epoch's row; numbers become scalars of TensorBoard under the same names."""
         if self.path is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        add_row(self.path, row)
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # a slow import, left until the first epoch is done
 
@@ -238,8 +235,21 @@ class MetricLog:
             self._writer.close()
 
 
+def add_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a file of one JSON object an epoch."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def keep_rows(path: Path, epoch: int) -> int:
+    """Drop the rows after an epoch, and lines that are none; returns the epoch of the last row, 0 if none."""
+    rows = [row for row in read_metrics(path) if row["epoch"] <= epoch] if path.exists() else []
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows[-1]["epoch"] if rows else 0
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that is none, as a crash may leave, is left out with a warning."""
+    """The rows of a file of one JSON object an epoch; a line that is none, as a crash may leave, is left out with a warning."""
     rows = []
     for line in path.read_bytes().splitlines():
         try:

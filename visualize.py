@@ -23,6 +23,13 @@ _COLOURS = {  # of the kinds of operations
     "avg_pool": "#94761a",
     "skip": "#5b6470",
 }
+_BOX = {
+    "fontsize": "12",
+    "height": "0.3",
+    "width": "0.2",
+    "margin": "0.06,0.02",
+    "fillcolor": "white",
+}  # of an operation
 _PATIENCE = 60  # seconds for a renderer
 _TITLES = {"normal": "normal cell", "reduce": "reduction cell"}
 
@@ -44,13 +51,13 @@ def cell_graph(
         kind,
         graph_attr={
             "rankdir": "LR", "label": title, "labelloc": "t", "fontsize": "16", "fontname": "Arial",
-            "nodesep": "0.28", "ranksep": "0.9", "pad": "0.25", "dpi": "110", "bgcolor": "white",
+            "nodesep": "0.28", "ranksep": "0.35", "pad": "0.25", "dpi": "110", "bgcolor": "white",
         },
         node_attr={
             "shape": "box", "style": "rounded,filled", "fontname": "Arial", "fontsize": "14", "height": "0.45",
             "width": "0.55", "color": "#8a94a0", "fillcolor": "#eef2f6",
         },
-        edge_attr={"fontname": "Arial", "fontsize": "12", "arrowsize": "0.7"},
+        edge_attr={"arrowsize": "0.7"},
     )  # fmt: skip
     for state, text in enumerate(("c_{k-2}", "c_{k-1}")):
         graph.node(str(state), text, fillcolor="#cfe6d0", color="#5c8f60")
@@ -60,12 +67,15 @@ def cell_graph(
             graph.node(name, str(index))
         else:
             graph.node(name, f"{index}: no input,\nzeros", style="rounded,dashed", fontcolor="#777777")
-        for op, source in node:
+        for place, (op, source) in enumerate(node):
             probability = probabilities.get((index, source, op))
             colour = _COLOURS.get(find_op(op).kind, "#333333")
-            label = op if probability is None else f"{op}  {probability:.2f}"
-            width = 1.6 if probability is None else 0.8 + 2.2 * probability
-            graph.edge(str(source), name, f" {label} ", color=colour, fontcolor=colour, penwidth=f"{width:.2f}")
+            label = op if probability is None else f"{op} {probability:.2f}"
+            width = f"{1.6 if probability is None else 0.8 + 2.2 * probability:.2f}"
+            box = f"{kind}-{index}-{place}"  # a node of its own, so that no other edge runs through the words
+            graph.node(box, label, **_BOX, id=box, color=colour, fontcolor=colour)
+            graph.edge(str(source), box, color=colour, penwidth=width, arrowhead="none")
+            graph.edge(box, name, color=colour, penwidth=width)
     graph.node("out", "c_{k}", fillcolor="#f6e3b5", color="#a98a3c")
     for state in concat:
         graph.edge(str(state), "out", color="#b8bec6", style="solid", penwidth="1.0", arrowsize="0.5")

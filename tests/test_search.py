@@ -340,3 +340,13 @@ def test_alpha_stays_as_it_is_while_theta_warms_up(arguments: list[str]) -> None
     assert states[0]["alpha_normal"].abs().max() < 0.01  # as it began
     with pytest.raises(SystemExit):
         main.main([*arguments, "--warmup_epochs=3", "--epochs=3", "--name=never"])
+
+
+def test_alpha_of_every_epoch_is_kept(arguments: list[str]) -> None:
+    found = main.main([*arguments, "--epochs=2"])
+    rows = utils.read_metrics(found.folder / "alphas.jsonl")
+    state = checkpoint.load(found.folder / "weights_epoch_2.pt")["parts"]["network"]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for kind in ("normal", "reduce"):
+        assert torch.allclose(torch.tensor(rows[1][kind]), state[f"alpha_{kind}"], rtol=0, atol=1e-5)
+        assert rows[0][kind] != rows[1][kind]

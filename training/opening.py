@@ -50,10 +50,19 @@ FREE = {
     "max_cache_gb",
 }
 # What a start that never reached a checkpoint leaves behind; it may be written over
-_LEFTOVERS = ("options.yaml", "split.json", "metrics.jsonl", "events.out.tfevents.*", ".*.tmp", ".lock", ".writer")
+_LEFTOVERS = (
+    "options.yaml",
+    "split.json",
+    "metrics.jsonl",
+    "alphas.jsonl",
+    "events.out.tfevents.*",
+    ".*.tmp",
+    ".lock",
+    ".writer",
+)
 # What runs leave besides, and what is made of them: --overwrite removes it, and nothing else
 _RESULTS = re.compile(
-    r"(weights|child)_epoch_\d+(_step_\d+)?\.pt|(genotype|selection|test)\.json|guesses\.csv|metrics\.jsonl|"
+    r"(weights|child)_epoch_\d+(_step_\d+)?\.pt|(genotype|selection|test)\.json|guesses\.csv|(metrics|alphas)\.jsonl|"
     r"events\.out\.tfevents\..*|child\.(onnx|pt2)(\.md|\.json)?|child_(onnx|pt2)\.py"
 )
 

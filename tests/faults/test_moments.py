@@ -60,6 +60,8 @@ def left(folder: Path, stem: str) -> dict[str, Any]:
     assert newest is not None and not checkpoint.within(folder, stem)
     found = {"log": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
     found |= {"newest": newest.name, "kept": checkpoint.load(newest)}
+    alphas = folder / "alphas.jsonl"
+    found["alphas"] = alphas.read_text().splitlines() if alphas.exists() else None
     for name in ("genotype.json", "test.json", "selection.json", "split.json"):
         path = folder / name
         found[name] = json.loads(path.read_text()) if path.exists() else None
