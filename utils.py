@@ -249,7 +249,7 @@ def keep_rows(path: Path, epoch: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of one JSON object an epoch; a line that is none, as a crash may leave, is left out with a warning."""
+    """The rows of a file of one JSON object an epoch; what is none, as a crash may leave, is left out with a warning."""
     rows = []
     for line in path.read_bytes().splitlines():
         try:
