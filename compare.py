@@ -64,10 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
     utils.write_atomic(folder / "comparison.json", json.dumps(result | more, indent=1) + "\n")
     utils.write_atomic(folder / "comparison.md", text + "\n")
-    try:
-        comparison.draw(rows, folder / "comparison.png")
-    except ImportError:
-        print("note: the picture needs matplotlib: pip install -r requirements-dev.txt")
+    comparison.draw(rows, folder / "comparison.png")
     print(f"\n{text}\n\nwritten  {folder / 'comparison.json'}, comparison.md, comparison.png")
     return result | more
 

@@ -1,17 +1,18 @@
-"""Reload a search's checkpoint, print its state and the derived genotype, and draw both cells."""
+"""Reload a search's checkpoint, print its state and the derived genotype, draw both cells, write a report."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import options
 from options import UserError
-from options.constraint_option import ConstraintOptions, DeployedOptions
+from options.constraint_option import DeployedOptions
 
 if TYPE_CHECKING:
     from genotypes import Genotype
+    from report.runs import Search
     from resources.cost import Deployed
 
 
@@ -19,14 +20,17 @@ if TYPE_CHECKING:
 class InspectOptions(DeployedOptions):
     """What to look at. Everything else comes from the checkpoint."""
 
-    experiment: str = "search"
-    """Name of the experiment: a folder of experiments_dir."""
+    experiment: str | None = None
+    """Name of the experiment: a folder of experiments_dir. Without one all are listed; several, A,B,C, are compared
+    by --report True."""
     epoch: str = "last"
     """Epoch whose checkpoint is read, or last."""
     out: str | None = None
     """A file to write the genotype to, as retrain.py --genotype takes it. Nothing is overwritten."""
     visualize: bool = True
     """Draw the cells to visualizations_dir/EXPERIMENT/."""
+    report: bool = False
+    """Write visualizations_dir/EXPERIMENT/report.html: one page with curves, cells that a slider moves, figures."""
     rule: Literal["search", "argmax", "top2"] = "search"
     """How the genotype is derived: as the search does, by --select in the last epoch if it has that, else by argmax
     (SNAS, none included); top2 (DARTS) is for comparison."""
@@ -40,8 +44,14 @@ class InspectOptions(DeployedOptions):
         super().check()
         if self.epoch != "last" and not re.fullmatch("[0-9]+", self.epoch):
             raise UserError(f"--epoch {self.epoch} is neither a number nor last")
-        if Path(self.experiment).name != self.experiment:
-            raise UserError(f"--experiment {self.experiment} is not the name of a folder; give --experiments_dir too")
+        names = self.experiment.split(",") if self.experiment is not None else []
+        for name in names:
+            if not name or Path(name).name != name:
+                raise UserError(f"--experiment {name} is not the name of a folder; give --experiments_dir too")
+        if len(names) > 1 and (not self.report or self.out is not None or len({*names}) < len(names)):
+            raise UserError(
+                f"--experiment {self.experiment}: several, each once, are compared by --report True without --out"
+            )
 
 
 class Inspected(NamedTuple):
@@ -56,87 +66,80 @@ class Inspected(NamedTuple):
     files: list[Path]
 
 
-def main(argv: Sequence[str] | None = None) -> Inspected:
-    """Print and draw a checkpoint; returns what was printed."""
+def main(argv: Sequence[str] | None = None) -> Inspected | None:
+    """Print and draw a checkpoint, list the runs, or compare several; returns what was printed of one checkpoint."""
     opt = options.parse(InspectOptions, argv, "inspect_model.py", __doc__)
-    import genotypes
     import utils
     import visualize
-    from child import cells
-    from loading.sets import DataInfo
+    from report import runs
     from resources.cost import Deployed
-    from training import checkpoint
 
-    folder, place = Path(opt.experiments_dir) / opt.experiment, Path(opt.visualizations_dir) / opt.experiment
-    content = checkpoint.load(_checkpoint_path(folder, opt))
-    content["metrics"] = _Row(content["metrics"])
-    if opt.visualize:
-        utils.claim(place, folder, "visualizations_dir")
+    base = Path(opt.experiments_dir)
+    if opt.experiment is None:
+        _list(base)
+        return None
+    wanted = {field.name: getattr(opt, field.name) for field in fields(DeployedOptions)}
+    searches = [runs.read_search(base, name, opt.epoch, opt.rule) for name in opt.experiment.split(",")]
+    place = Path(opt.visualizations_dir) / "+".join(search.name for search in searches)
+    if opt.visualize or opt.report:
+        utils.claim(place, base / place.name, "visualizations_dir")
+    if len(searches) > 1:
+        _write_report(searches, wanted, place)
+        return None
+    (search,) = searches
     if opt.out is not None:
         if Path(opt.out).exists():
             raise UserError(f"--out {opt.out} exists; name another file")
         utils.writable(Path(opt.out).parent, "out")
-    run = options.restore(ConstraintOptions, content["options"])  # those of main.py and more
-    wanted = {field.name: getattr(opt, field.name) for field in fields(DeployedOptions)}
-    run = replace(run, **{name: value for name, value in wanted.items() if value is not None})
-    state = content["parts"]["network"]
-    alphas = [state["alpha_normal"], state["alpha_reduce"]]
-    genotype = genotypes.derive(alphas[0], alphas[1], run.space, "top2" if opt.rule == "top2" else "argmax")
-    chosen = opt.rule == "search" and run.select > 0 and content["epoch"] == run.epochs
-    if chosen and not (folder / "genotype.json").is_file():
-        print("note: --select was interrupted, here is the likeliest child; --resume True goes on")
-        chosen = False
-    if chosen:
-        genotype = cells.read_genotype(folder / "genotype.json")
-    info = DataInfo(**content["data"])
-    deployed = Deployed.planned(info, run)
-    costs = deployed.price(genotype)
-    _report(content, run, alphas, genotype, chosen)
-    _report_costs(deployed, costs, content["metrics"], chosen)
+    deployed = Deployed.planned(search.info, runs.deployed(search, wanted))
+    costs = deployed.price(search.genotype)
+    _report(search)
+    _report_costs(deployed, costs, search.row, search.chosen)
     files: list[Path] = []
     if opt.out is not None:
-        utils.write_atomic(Path(opt.out), genotype.to_json() + "\n")
+        utils.write_atomic(Path(opt.out), search.genotype.to_json() + "\n")
         print(f"written     {opt.out}")
     if opt.visualize:
-        plain = opt.rule == "search" or (opt.rule == "argmax" and not run.select)
-        ending = f"_epoch_{content['epoch']}" + ("" if plain else f"_{opt.rule}")
-        files = visualize.draw_genotype(genotype, place, ending, alphas)
+        plain = opt.rule == "search" or (opt.rule == "argmax" and not search.opt.select)
+        ending = f"_epoch_{search.epoch}" + ("" if plain else f"_{opt.rule}")
+        files = visualize.draw_genotype(search.genotype, place, ending, search.alphas)
         print("pictures    " + ", ".join(str(path) for path in files))
-    return Inspected(content["epoch"], content["metrics"], genotype, **costs, files=files)
+    if opt.report:
+        files += _write_report(searches, wanted, place)
+    return Inspected(search.epoch, dict(search.row), search.genotype, **costs, files=files)
 
 
-def _checkpoint_path(folder: Path, opt: InspectOptions) -> Path:
-    from training import checkpoint
+def _write_report(searches: "Sequence[Search]", wanted: Mapping[str, Any], place: Path) -> list[Path]:
+    from report import page
 
-    known = checkpoint.epochs(folder, "weights")
-    if not known:
-        base = Path(opt.experiments_dir)
-        others = sorted(p.name for p in base.iterdir() if checkpoint.epochs(p, "weights")) if base.is_dir() else []
-        hint = f"experiments with one: {', '.join(others)}" if others else f"{base} has none: run main.py first"
-        raise UserError(f"--experiment {opt.experiment}: no search checkpoint in {folder}; {hint}")
-    epoch = known[-1] if opt.epoch == "last" else int(opt.epoch)
-    if epoch not in known:
-        raise UserError(f"--epoch {epoch} is not kept in {folder}; there are {', '.join(map(str, known))}")
-    return checkpoint.path_of(folder, "weights", epoch)
+    files = page.write(searches, wanted, place)
+    print(f"report      {files[0]}")
+    return files
 
 
-class _Row(dict[str, Any]):
-    """A row of metrics.jsonl."""
+def _list(base: Path) -> None:
+    """The runs with their best figures, a few lines each that fit a terminal."""
+    from report import runs
 
-    def __missing__(self, column: str) -> Any:
-        raise UserError(f"the checkpoint has no {column} among its metrics: it is not main.py's; take another --epoch")
+    found = runs.listing(base)
+    if not found:
+        raise UserError(f"{base} holds no run: run main.py first, or give --experiments_dir")
+    for run in found:
+        took = f", {run.minutes:.0f} minutes" if run.minutes >= 1 else ""
+        print(f"{run.name}: {run.kind}, epoch {run.epochs}{took}, {run.data}")
+        if run.figures:
+            print(f"    {run.figures}")
+    print("--experiment NAME shows a search, NAME,OTHER --report True compares several")
 
 
-def _report(
-    content: dict[str, Any], run: ConstraintOptions, alphas: list[Any], genotype: "Genotype", chosen: bool
-) -> None:
+def _report(found: "Search") -> None:
     import sampling
     import search
 
-    info, row = content["data"], content["metrics"]
-    height, width = info["image_size"]
-    print(f"experiment  {run.name}, epoch {content['epoch']} of {run.epochs}, seed {run.seed}")
-    print(f"data        {run.dataset}: {len(info['classes'])} classes, {width}x{height}x{info['channels']}")
+    run, info, row, alphas, chosen = found.opt, found.info, found.row, found.alphas, found.chosen
+    height, width = info.image_size
+    print(f"experiment  {run.name}, epoch {found.epoch} of {run.epochs}, seed {run.seed}")
+    print(f"data        {run.dataset}: {len(info.classes)} classes, {width}x{height}x{info.channels}")
     print(f"loss        train {row['train_loss']:.4f}, valid {row['valid_loss']:.4f}")
     print(
         f"accuracy    train {row['train_acc']:.2f} %, valid {row['valid_acc']:.2f} % (a sampled Z), "
@@ -145,20 +148,20 @@ def _report(
     print(f"balanced    valid {row['valid_balanced_acc']:.2f} %, child {row['child_valid_balanced_acc']:.2f} %")
     print(f"temperature {row['temperature']:.4f}")
     uniform = sampling.entropy(alphas[0] * 0).item()
-    found = [sampling.entropy(alpha).item() for alpha in alphas]
-    print(f"entropy     normal {found[0]:.2f}, reduce {found[1]:.2f} nats (uniform: {uniform:.2f})")
+    left = [sampling.entropy(alpha).item() for alpha in alphas]
+    print(f"entropy     normal {left[0]:.2f}, reduce {left[1]:.2f} nats (uniform: {uniform:.2f})")
     leads = [sampling.margin(alpha).item() for alpha in alphas]
     print(f"margin      normal {leads[0]:.3f}, reduce {leads[1]:.3f}: the lead of the likeliest op, mean over edges")
-    for warning in search.doubts(genotype, run.layers, chosen, *leads):
+    for warning in search.doubts(found.genotype, run.layers, chosen, *leads):
         print(warning)
     print(f"genotype    {'chosen by --select: ' if chosen else ''}an op:input for each edge kept")
-    for kind, nodes, _ in genotype.cells():
+    for kind, nodes, _ in found.genotype.cells():
         for index, node in enumerate(nodes):
             edges = "  ".join(f"{op}:{source}" for op, source in node) or "no input: zeros"
             print(f"  {kind:6s} node {index}: {edges}")
 
 
-def _report_costs(deployed: "Deployed", costs: dict[str, int], row: dict[str, Any], chosen: bool) -> None:
+def _report_costs(deployed: "Deployed", costs: dict[str, int], row: Mapping[str, Any], chosen: bool) -> None:
     from resources import cost
 
     height, width = deployed.image_size

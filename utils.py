@@ -82,6 +82,13 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def hardware() -> str:
+    """What this process runs on, for people."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    threads = f"{processor()}, {torch.get_num_threads()} threads"
+    return f"{gpu or threads}, torch {torch.__version__}, commit {commit(12)}"
+
+
 def commit(digits: int = 40) -> str:
     """That of this repository, with -dirty if files differ from it; unknown without git."""
     how = ["describe", "--always", "--dirty", "--exclude=*", f"--abbrev={digits}"]
@@ -249,7 +256,7 @@ def keep_rows(path: Path, epoch: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of one JSON object an epoch; what is none, as a crash may leave, is left out with a warning."""
+    """The rows of a file of one JSON object an epoch; a broken line, as of a crash, is left out with a warning."""
     rows = []
     for line in path.read_bytes().splitlines():
         try:

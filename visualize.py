@@ -10,11 +10,11 @@ from typing import Any
 import graphviz
 
 import utils
-from genotypes import SPACES, Genotype, Node, edge_list, find_op, num_nodes
+from genotypes import NONE, SPACES, Genotype, Node, edge_list, find_op, num_nodes
 
 Probabilities = Mapping[tuple[int, int, str], float]  # (node, source, op) -> p_alpha(op)
 
-_COLOURS = {  # of the kinds of operations
+COLOURS = {  # of the kinds of operations
     "sep_conv": "#1f5fa8",
     "dil_conv": "#7b3fa0",
     "conv": "#0d7d86",
@@ -69,16 +69,26 @@ def cell_graph(
             graph.node(name, f"{index}: no input,\nzeros", style="rounded,dashed", fontcolor="#777777")
         for place, (op, source) in enumerate(node):
             probability = probabilities.get((index, source, op))
-            colour = _COLOURS.get(find_op(op).kind, "#333333")
+            colour = COLOURS.get(find_op(op).kind, "#333333")
             label = op if probability is None else f"{op} {probability:.2f}"
             width = f"{1.6 if probability is None else 0.8 + 2.2 * probability:.2f}"
             box = f"{kind}-{index}-{place}"  # a node of its own, so that no other edge runs through the words
             graph.node(box, label, **_BOX, id=box, color=colour, fontcolor=colour)
-            graph.edge(str(source), box, color=colour, penwidth=width, arrowhead="none")
-            graph.edge(box, name, color=colour, penwidth=width)
+            graph.edge(str(source), box, color=colour, penwidth=width, arrowhead="none", id=f"{box}-in")
+            graph.edge(box, name, color=colour, penwidth=width, id=f"{box}-out")
     graph.node("out", "c_{k}", fillcolor="#f6e3b5", color="#a98a3c")
     for state in concat:
         graph.edge(str(state), "out", color="#b8bec6", style="solid", penwidth="1.0", arrowsize="0.5")
+    return graph
+
+
+def every_edge(kind: str, nodes: int, space: str) -> graphviz.Digraph:
+    """The graph of a cell with all its edges, whose boxes have room for any operation of the space."""
+    longest = max((op for op in SPACES[space] if op != NONE), key=len)
+    every = [tuple((longest, source) for source in range(node + 2)) for node in range(nodes)]
+    shown = {(node, source, longest): 1.0 for node in range(nodes) for source in range(node + 2)}
+    graph = cell_graph(kind, every, range(2, nodes + 2), shown)
+    graph.attr(label="")
     return graph
 
 
@@ -101,6 +111,23 @@ def find_renderer() -> str | None:
     return None
 
 
+def drawn(graph: graphviz.Digraph, kind: str) -> tuple[bytes, str]:
+    """A graph as a file of this kind, svg or png; or nothing, and why."""
+    renderer = find_renderer()
+    if renderer is None:
+        return b"", "no Graphviz found (pip install graphviz-pure)"
+    command = [renderer, "-Kdot", f"-T{kind}"]
+    try:
+        done = subprocess.run(command, input=graph.source.encode(), capture_output=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return b"", f"{renderer} did not end in {_PATIENCE} seconds"
+    except OSError as error:
+        return b"", f"{renderer} cannot be run: {error.strerror}"
+    if done.returncode or not done.stdout:
+        return b"", f"{renderer} failed: {done.stderr.decode(errors='replace').strip()[:200]}"
+    return done.stdout, ""
+
+
 def render(graph: graphviz.Digraph, stem: Path) -> list[Path]:
     """Draw a graph to STEM.svg and STEM.png; without a renderer, or if it fails, keep STEM.gv and say why.
 
@@ -108,36 +135,19 @@ def render(graph: graphviz.Digraph, stem: Path) -> list[Path]:
         The files written.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    renderer, reason = find_renderer(), "no Graphviz found (pip install graphviz-pure)"
-    written = []
-    if renderer:
-        for kind in ("svg", "png"):
-            try:
-                done = subprocess.run(
-                    [renderer, "-Kdot", f"-T{kind}"],
-                    input=graph.source.encode(),
-                    capture_output=True,
-                    timeout=_PATIENCE,
-                )
-            except subprocess.TimeoutExpired:
-                reason = f"{renderer} did not end in {_PATIENCE} seconds"
-                break
-            except OSError as error:
-                reason = f"{renderer} cannot be run: {error.strerror}"
-                break
-            if done.returncode or not done.stdout:
-                reason = f"{renderer} failed: {done.stderr.decode(errors='replace').strip()[:200]}"
-                break
-            path = stem.with_name(f"{stem.name}.{kind}")
-            with utils.replacing(path) as temporary:
-                temporary.write_bytes(done.stdout)
-            written.append(path)
-        else:
-            return written
-    source = stem.with_name(f"{stem.name}.gv")
-    source.write_text(graph.source, encoding="utf-8")
-    print(f"note: {source} is not drawn: {reason}")
-    return [*written, source]
+    written: list[Path] = []
+    for kind in ("svg", "png"):
+        content, reason = drawn(graph, kind)
+        if reason:
+            source = stem.with_name(f"{stem.name}.gv")
+            source.write_text(graph.source, encoding="utf-8")
+            print(f"note: {source} is not drawn: {reason}")
+            return [*written, source]
+        path = stem.with_name(f"{stem.name}.{kind}")
+        with utils.replacing(path) as temporary:
+            temporary.write_bytes(content)
+        written.append(path)
+    return written
 
 
 def draw_genotype(genotype: Genotype, folder: Path, ending: str = "", alphas: Sequence[Any] = ()) -> list[Path]:

@@ -124,11 +124,9 @@ def _text(opt: ParetoOptions, every: Runs) -> str:
 
 def _draw(measure: str, every: Runs, path: Path) -> None:
     """Accuracy of every child over its cost, budgets as lines."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
-    except ImportError:
-        raise options.UserError("the picture needs matplotlib: pip install -r requirements-dev.txt") from None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for number, (budget, runs) in enumerate(_groups(every)):

@@ -216,7 +216,7 @@ def table(rows: Rows) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Every run's test accuracy, and the mean of each contender, as a picture; raises ImportError."""
+    """Every run's test accuracy, and the mean of each contender, as a picture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")

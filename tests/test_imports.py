@@ -16,6 +16,7 @@ ROWS = [
     {"model_search", "model", "loading"},
     {"resources", "training"},
     {"search", "child"},
+    {"report"},
     SCRIPTS,
     {"benchmarks"},
 ]
@@ -26,6 +27,7 @@ WINGS = {
     "resources": ["cost", "latency", "projection", "budget"],
     "training": ["distributed", "checkpoint", "parts", "evaluation", "stopping", "run", "opening", "loop", "selection"],
     "child": ["baselines", "cells", "source", "testing", "program", "retraining", "card", "export", "comparison"],
+    "report": ["runs", "charts", "page"],
 }
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}
 

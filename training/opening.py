@@ -178,7 +178,7 @@ def _begin(folder: Path, opt: RunOptions, data: Data, overwrite: bool) -> None:
             path.unlink()
     utils.clear(folder, ".*.tmp")  # of a process that was killed while it wrote
     command = shlex.join(["python", Path(sys.argv[0]).name, "--config", str(folder / "options.yaml")])
-    options.save(opt, folder / "options.yaml", command)
+    options.save(opt, folder / "options.yaml", f"{command}\n# {utils.hardware()}")
     write_split(folder / "split.json", data, opt)
 
 

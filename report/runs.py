@@ -1,0 +1,216 @@
+"""What lies in the folders of runs: searches, children trained of them, comparisons. Nothing is written."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+import genotypes
+import options
+import utils
+from child import cells
+from genotypes import Genotype
+from loading.sets import DataInfo
+from options import UserError
+from options.constraint_option import ConstraintOptions
+from training import checkpoint
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search as one of its checkpoints has it."""
+
+    folder: Path
+    epoch: int  # of the checkpoint
+    opt: ConstraintOptions  # those of main.py and more
+    constrained: bool
+    info: DataInfo
+    row: Mapping[str, Any]  # of metrics.jsonl, of that epoch
+    alphas: list[Tensor]  # [alpha_normal, alpha_reduce], (E, O)
+    genotype: Genotype
+    chosen: bool  # by --select; else the likeliest
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.name
+
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl up to the checkpoint."""
+        path = self.folder / "metrics.jsonl"
+        return [row for row in utils.read_metrics(path) if row["epoch"] <= self.epoch] if path.exists() else []
+
+    def history(self) -> dict[int, list[Tensor]]:
+        """[alpha_normal, alpha_reduce] of every epoch that is kept: runs of before have those of checkpoints alone."""
+        path = self.folder / "alphas.jsonl"
+        found: dict[int, list[Tensor]] = {}
+        if not path.exists():
+            for epoch in checkpoint.epochs(self.folder, "weights"):
+                state = checkpoint.load(checkpoint.path_of(self.folder, "weights", epoch))["parts"]["network"]
+                found[epoch] = [state["alpha_normal"], state["alpha_reduce"]]
+        for row in utils.read_metrics(path) if path.exists() else []:
+            try:
+                pair = [torch.tensor(row[kind], dtype=torch.float32) for kind in ("normal", "reduce")]
+            except (KeyError, TypeError, ValueError):
+                continue
+            if all(a.shape == b.shape for a, b in zip(pair, self.alphas, strict=True)):
+                found[row["epoch"]] = pair
+        found[self.epoch] = self.alphas
+        return {epoch: found[epoch] for epoch in sorted(found) if epoch <= self.epoch}
+
+
+class _Row(dict[str, Any]):
+    """A row of metrics.jsonl."""
+
+    def __missing__(self, column: str) -> Any:
+        raise UserError(f"the checkpoint has no {column} among its metrics: it is not main.py's; take another --epoch")
+
+
+def read_search(base: Path, name: str, epoch: str = "last", rule: str = "search") -> Search:
+    """A search.
+
+    Args:
+        base: the folder of all runs. name: of the run. epoch: whose checkpoint is read, or last.
+        rule: how the genotype is derived: search (as the search itself does), argmax or top2.
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    folder = base / name
+    content = checkpoint.load(_checkpoint_path(folder, epoch))
+    opt = options.restore(ConstraintOptions, content["options"])
+    state = content["parts"]["network"]
+    alphas = [state["alpha_normal"], state["alpha_reduce"]]
+    genotype = genotypes.derive(alphas[0], alphas[1], opt.space, "top2" if rule == "top2" else "argmax")
+    chosen = rule == "search" and opt.select > 0 and content["epoch"] == opt.epochs
+    if chosen and not (folder / "genotype.json").is_file():
+        print("note: --select was interrupted, here is the likeliest child; --resume True goes on")
+        chosen = False
+    if chosen:
+        genotype = cells.read_genotype(folder / "genotype.json")
+    constrained = "eta" in content["options"]
+    info, row = DataInfo(**content["data"]), _Row(content["metrics"])
+    return Search(folder, content["epoch"], opt, constrained, info, row, alphas, genotype, chosen)
+
+
+def _checkpoint_path(folder: Path, epoch: str) -> Path:
+    known = checkpoint.epochs(folder, "weights")
+    if not known:
+        others = sorted(p.name for p in folders(folder.parent) if checkpoint.epochs(p, "weights"))
+        hint = (
+            f"experiments with one: {', '.join(others)}" if others else f"{folder.parent} has none: run main.py first"
+        )
+        raise UserError(f"--experiment {folder.name}: no search checkpoint in {folder}; {hint}")
+    number = known[-1] if epoch == "last" else int(epoch)
+    if number not in known:
+        raise UserError(f"--epoch {number} is not kept in {folder}; there are {', '.join(map(str, known))}")
+    return checkpoint.path_of(folder, "weights", number)
+
+
+def folders(base: Path) -> list[Path]:
+    """Of all runs, by name."""
+    return sorted(path for path in base.iterdir() if path.is_dir()) if base.is_dir() else []
+
+
+class Listed(NamedTuple):
+    """A run in a line."""
+
+    name: str
+    kind: str  # search, constrained search or training
+    epochs: str  # finished of all
+    data: str
+    figures: str
+    minutes: float
+
+
+def listing(base: Path) -> list[Listed]:
+    """The runs of a folder, by name."""
+    found = []
+    for folder in folders(base):
+        stem = next((stem for stem in ("weights", "child") if checkpoint.latest(folder, stem)), None)
+        opt, path = options_of(folder), folder / "metrics.jsonl"
+        rows = utils.read_metrics(path) if path.exists() else []
+        if stem is None or not opt:
+            continue
+        kind = "training" if stem == "child" else "constrained search" if "eta" in opt else "search"
+        last, minutes = rows[-1] if rows else {}, sum(row.get("epoch_seconds", 0) for row in rows) / 60
+        test = stored(folder / "test.json")
+        names = {"valid_acc": "valid", "child_valid_acc": "child"} if stem == "weights" else {"valid_acc": "valid"}
+        shown = [f"{words} {last[key]:.2f} %" for key, words in names.items() if isinstance(last.get(key), float)]
+        shown += (
+            [f"test {test['acc']:.2f} %, {test['params']:,} parameters"] if {"acc", "params"} <= test.keys() else []
+        )
+        epochs = f"{last.get('epoch', 0)}/{opt.get('epochs', '?')}"
+        found.append(Listed(folder.name, kind, epochs, str(opt.get("dataset")), ", ".join(shown), minutes))
+    return found
+
+
+def options_of(folder: Path) -> dict[str, Any]:
+    """What options.yaml says, or nothing where it is no such file."""
+    try:
+        found = yaml.safe_load((folder / "options.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def begun(folder: Path) -> list[str]:
+    """The first lines of options.yaml: the command that runs it again, the machine it began on."""
+    try:
+        lines = (folder / "options.yaml").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    return [line.removeprefix("# ") for line in lines if line.startswith("# ")][:2]
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing where the file is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Trained(NamedTuple):
+    """A training of a search's child that was tested."""
+
+    folder: Path
+    opt: Mapping[str, Any]
+    test: Mapping[str, Any]  # test.json
+    minutes: float
+
+
+def trained_of(search: Search) -> list[Trained]:
+    """The tested trainings of a search's child beside it, the newest first."""
+    found = []
+    for folder in folders(search.folder.parent):
+        opt, test = options_of(folder), stored(folder / "test.json")
+        if (
+            opt.get("genotype") == search.name
+            and opt.get("network", "cells") == "cells"
+            and {"acc", "params", "flops", "confusion", "per_class_acc"} <= test.keys()
+        ):
+            rows = utils.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+            minutes = sum(row.get("epoch_seconds", 0) for row in rows) / 60
+            found.append(Trained(folder, opt, test, minutes))
+    return sorted(found, key=lambda one: -(one.folder / "test.json").stat().st_mtime)
+
+
+def comparison_of(search: Search) -> dict[str, Any]:
+    """comparison.json of a comparison that this search is one of, or nothing."""
+    for folder in folders(search.folder.parent):
+        if search.name.startswith(f"{folder.name}_search_"):
+            found = stored(folder / "comparison.json")
+            if {"runs", "differences"} <= found.keys():
+                return found
+    return {}
+
+
+def deployed(search: Search, wanted: Mapping[str, Any]) -> ConstraintOptions:
+    """The options of a search with what is wanted of the deployed child instead of its own."""
+    return replace(search.opt, **{name: value for name, value in wanted.items() if value is not None})
