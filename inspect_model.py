@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from resources.cost import Deployed
 
 
+_FRAMES = 60  # epochs of an animation at most
+
+
 @dataclass(frozen=True)
 class InspectOptions(DeployedOptions):
     """What to look at. Everything else comes from the checkpoint."""
@@ -31,6 +34,8 @@ class InspectOptions(DeployedOptions):
     """Draw the cells to visualizations_dir/EXPERIMENT/."""
     report: bool = False
     """Write visualizations_dir/EXPERIMENT/report.html: one page with curves, cells that a slider moves, figures."""
+    animate: bool = False
+    """Draw the cells over the epochs to visualizations_dir/EXPERIMENT/normal.webp and reduction.webp."""
     rule: Literal["search", "argmax", "top2"] = "search"
     """How the genotype is derived: as the search does, by --select in the last epoch if it has that, else by argmax
     (SNAS, none included); top2 (DARTS) is for comparison."""
@@ -48,9 +53,10 @@ class InspectOptions(DeployedOptions):
         for name in names:
             if not name or Path(name).name != name:
                 raise UserError(f"--experiment {name} is not the name of a folder; give --experiments_dir too")
-        if len(names) > 1 and (not self.report or self.out is not None or len({*names}) < len(names)):
+        if len(names) > 1 and (not self.report or self.animate or self.out is not None or len({*names}) < len(names)):
             raise UserError(
-                f"--experiment {self.experiment}: several, each once, are compared by --report True without --out"
+                f"--experiment {self.experiment}: several, each once, are compared by --report True, without --out "
+                "and --animate"
             )
 
 
@@ -81,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected | None:
     wanted = {field.name: getattr(opt, field.name) for field in fields(DeployedOptions)}
     searches = [runs.read_search(base, name, opt.epoch, opt.rule) for name in opt.experiment.split(",")]
     place = Path(opt.visualizations_dir) / "+".join(search.name for search in searches)
-    if opt.visualize or opt.report:
+    if opt.visualize or opt.report or opt.animate:
         utils.claim(place, base / place.name, "visualizations_dir")
     if len(searches) > 1:
         _write_report(searches, wanted, place)
@@ -104,9 +110,27 @@ def main(argv: Sequence[str] | None = None) -> Inspected | None:
         ending = f"_epoch_{search.epoch}" + ("" if plain else f"_{opt.rule}")
         files = visualize.draw_genotype(search.genotype, place, ending, search.alphas)
         print("pictures    " + ", ".join(str(path) for path in files))
+    if opt.animate:
+        files += _animate(search, place)
     if opt.report:
         files += _write_report(searches, wanted, place)
     return Inspected(search.epoch, dict(search.row), search.genotype, **costs, files=files)
+
+
+def _animate(search: "Search", place: Path) -> list[Path]:
+    import visualize
+
+    history = search.history()
+    step = -(-len(history) // _FRAMES)
+    epochs = [*history][::-1][::step][::-1]  # the last one for certain
+    written = []
+    for index, (kind, name) in enumerate((("normal", "normal"), ("reduce", "reduction"))):
+        frames = {epoch: history[epoch][index].float().softmax(-1).tolist() for epoch in epochs}
+        path = place / f"{name}.webp"
+        reason = visualize.animate(kind, search.opt.space, frames, path)
+        print(f"note: {path} is not drawn: {reason}" if reason else f"animation   {path}: {len(epochs)} epochs")
+        written += [] if reason else [path]
+    return written
 
 
 def _write_report(searches: "Sequence[Search]", wanted: Mapping[str, Any], place: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,7 @@ class Learner:
 
 
 ALPHAS = "alphas.jsonl"  # the logits (E, O) of both cells after every epoch
+_SQUARE = 16  # pixels of a probability in TensorBoard
 _PAPER = 58_500  # steps of the paper's search: 150 epochs of 25,000 images by 64
 _HIGHEST = 0.1  # learning rate of alpha that a short run is given
 
@@ -169,6 +171,7 @@ def run_search(opt: TrainOptions, make_objective: MakeObjective) -> Found:
             run,
             lambda epoch: _one_epoch(run, learner, epoch),
             lambda row: summarise(row, learner.objective),
+            lambda log, epoch: _illustrate(log, epoch, learner.network.alphas()),
         )
         genotype = _chosen(run, learner) if opt.select else learner.network.genotype()
         pictures = _leave(run, genotype, learner.network.alphas(), place) if run.world.first else []
@@ -186,9 +189,36 @@ def _leave(run: Run[TrainOptions], genotype: genotypes.Genotype, alphas: Sequenc
         print(f"note: the cells are not drawn: {options.in_words(error)}")
     for warning in doubts(genotype, run.opt.layers, run.opt.select > 0, *(sampling.margin(a).item() for a in alphas)):
         print(warning)
+    if run.started < run.opt.epochs:
+        _to_tensorboard(run, pictures)
     if pictures:
         print(f"pictures {', '.join(str(path) for path in pictures)}")
     return pictures
+
+
+def _to_tensorboard(run: Run[TrainOptions], pictures: Sequence[Path]) -> None:
+    """The cells, and the options with the last figures to compare runs by."""
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    given = options.to_dict(run.opt)
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in given.items()}
+    last = {f"last/{name}": value for name, value in run.metrics.items() if name.endswith("_acc")}
+    with SummaryWriter(str(run.folder), filename_suffix=".end") as writer:
+        for path in pictures:
+            if path.suffix == ".png":
+                with Image.open(path) as image:
+                    writer.add_image(
+                        path.stem.partition("_")[0], np.asarray(image.convert("RGB")), run.epoch, dataformats="HWC"
+                    )
+        writer.add_hparams(plain, last, run_name=".")
+
+
+def _illustrate(log: utils.MetricLog, epoch: int, alphas: Sequence[Tensor]) -> None:
+    """p(op | edge) of both cells as pictures: a row of squares for each edge, a column for each operation."""
+    for kind, alpha in zip(("normal", "reduce"), alphas, strict=True):
+        squares = alpha.detach().float().softmax(-1).cpu()[:, None, :, None].expand(-1, _SQUARE, -1, _SQUARE)
+        log.picture(f"p_{kind}", squares.reshape(_SQUARE * alpha.shape[0], -1).numpy(), epoch)
 
 
 def _chosen(run: Run[TrainOptions], learner: Learner) -> genotypes.Genotype:

@@ -236,6 +236,11 @@ class MetricLog:
                 self._writer.add_scalar(name, value, row["epoch"])
         self._writer.flush()
 
+    def picture(self, name: str, pixels: Any, epoch: int) -> None:
+        """Show an image of an epoch, (H, W) in 0..1, in TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, epoch, dataformats="HW")
+
     def close(self) -> None:
         """Close the event file."""
         if self._writer is not None:

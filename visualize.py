@@ -1,13 +1,16 @@
 """Cell diagrams: a genotype as a graph, drawn to SVG and PNG without a viewer or a system Graphviz."""
 
+import io
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import graphviz
+from PIL import Image, ImageOps
 
 import utils
 from genotypes import NONE, SPACES, Genotype, Node, edge_list, find_op, num_nodes
@@ -22,6 +25,7 @@ COLOURS = {  # of the kinds of operations
     "max_pool": "#b3541e",
     "avg_pool": "#94761a",
     "skip": "#5b6470",
+    "none": "#9aa3ad",
 }
 _BOX = {
     "fontsize": "12",
@@ -30,12 +34,17 @@ _BOX = {
     "margin": "0.06,0.02",
     "fillcolor": "white",
 }  # of an operation
+_FRAME, _EACH = 1200, 250  # of an animation: width in pixels, milliseconds of a frame
 _PATIENCE = 60  # seconds for a renderer
 _TITLES = {"normal": "normal cell", "reduce": "reduction cell"}
 
 
 def cell_graph(
-    kind: str, nodes: Sequence[Node], concat: Sequence[int], probabilities: Probabilities
+    kind: str,
+    nodes: Sequence[Node],
+    concat: Sequence[int],
+    probabilities: Probabilities,
+    room: Mapping[str, str] = MappingProxyType({}),
 ) -> graphviz.Digraph:
     """The graph of one cell.
 
@@ -44,6 +53,7 @@ def cell_graph(
         nodes: the (op, input) pairs of each node. A node without a pair is marked as a zero tensor.
         concat: the states that make up the output.
         probabilities: p_alpha of the drawn ops; where given it is written beside the op and sets the width.
+        room: Graphviz's attributes of the operations' boxes, besides the usual ones.
     """
     used = sum(len(node) for node in nodes)
     title = f"{_TITLES.get(kind, kind)}: {used} operation{'s' * (used != 1)}"
@@ -72,8 +82,10 @@ def cell_graph(
             colour = COLOURS.get(find_op(op).kind, "#333333")
             label = op if probability is None else f"{op} {probability:.2f}"
             width = f"{1.6 if probability is None else 0.8 + 2.2 * probability:.2f}"
+            if op == NONE:  # drawn by every_edge alone
+                width = "0.5"
             box = f"{kind}-{index}-{place}"  # a node of its own, so that no other edge runs through the words
-            graph.node(box, label, **_BOX, id=box, color=colour, fontcolor=colour)
+            graph.node(box, label, **{**_BOX, **room}, id=box, color=colour, fontcolor=colour)
             graph.edge(str(source), box, color=colour, penwidth=width, arrowhead="none", id=f"{box}-in")
             graph.edge(box, name, color=colour, penwidth=width, id=f"{box}-out")
     graph.node("out", "c_{k}", fillcolor="#f6e3b5", color="#a98a3c")
@@ -82,13 +94,22 @@ def cell_graph(
     return graph
 
 
-def every_edge(kind: str, nodes: int, space: str) -> graphviz.Digraph:
-    """The graph of a cell with all its edges, whose boxes have room for any operation of the space."""
-    longest = max((op for op in SPACES[space] if op != NONE), key=len)
-    every = [tuple((longest, source) for source in range(node + 2)) for node in range(nodes)]
-    shown = {(node, source, longest): 1.0 for node in range(nodes) for source in range(node + 2)}
-    graph = cell_graph(kind, every, range(2, nodes + 2), shown)
-    graph.attr(label="")
+def every_edge(kind: str, space: str, p: Sequence[Sequence[float]], title: str = "") -> graphviz.Digraph:
+    """The graph of a cell with all its edges and the likeliest operation of each, none too; it lies alike for every p.
+
+    Args:
+        kind: normal or reduce. space: of the O operations. p: (E, O), p(op | edge).
+    """
+    edges = edge_list(num_nodes(len(p)))
+    best = [max(range(len(row)), key=row.__getitem__) for row in p]
+    letters = max(map(len, SPACES[space])) + len(" 0.00")
+    room = {"width": f"{0.1 + 0.09 * letters:.2f}", "fixedsize": "true"}  # inches, for the longest name
+    nodes: list[Node] = [()] * num_nodes(len(p))
+    for (node, source), op in zip(edges, best, strict=True):
+        nodes[node] += ((SPACES[space][op], source),)
+    shown = {(node, source, SPACES[space][op]): row[op] for (node, source), op, row in zip(edges, best, p, strict=True)}
+    graph = cell_graph(kind, nodes, range(2, len(nodes) + 2), shown, room)
+    graph.attr(label=title)
     return graph
 
 
@@ -167,3 +188,30 @@ def draw_genotype(genotype: Genotype, folder: Path, ending: str = "", alphas: Se
         name = "reduction" if kind == "reduce" else kind
         written += render(cell_graph(kind, nodes, concat, probabilities), folder / f"{name}{ending}")
     return written
+
+
+def animate(kind: str, space: str, frames: Mapping[int, Sequence[Sequence[float]]], path: Path) -> str:
+    """A cell over the epochs as an animated WebP file.
+
+    Args:
+        kind: normal or reduce. space: of the operations.
+        frames: p(op | edge), (E, O), of each epoch.
+        path: the file; its folder is made if missing.
+    Returns:
+        Why it was not drawn, or nothing.
+    """
+    pictures = []
+    for epoch, p in frames.items():
+        content, reason = drawn(every_edge(kind, space, p, f"{_TITLES[kind]}, epoch {epoch}"), "png")
+        if reason:
+            return reason
+        with Image.open(io.BytesIO(content)) as image:
+            whole = image.convert("RGB")
+        pictures.append(whole.resize((_FRAME, round(_FRAME * whole.height / whole.width))))
+    sizes = {picture.size for picture in pictures}
+    box = max(width for width, _ in sizes), max(height for _, height in sizes)
+    even = [ImageOps.pad(picture, box, color="white") for picture in pictures]
+    times = [_EACH] * (len(even) - 1) + [10 * _EACH]
+    with utils.replacing(path) as new:
+        even[0].save(new, "WEBP", save_all=True, append_images=even[1:], duration=times, loop=0, quality=80)
+    return ""

@@ -18,7 +18,7 @@ import sampling
 import utils
 import visualize
 from child import comparison
-from genotypes import NONE, SPACES, edge_list, find_op, num_nodes
+from genotypes import SPACES, edge_list, find_op, num_nodes
 from loading import pixels
 from options.constraint_option import ConstraintOptions
 from options.default_option import TrainOptions
@@ -160,8 +160,9 @@ def _slider(search: Search, stacked: Sequence[torch.Tensor], epochs: Sequence[in
     """What the page's script moves: cells with all edges, and the probabilities of every epoch."""
     nodes = num_nodes(len(search.alphas[0]))
     pictures = {}
-    for kind in ("normal", "reduce"):
-        content, reason = visualize.drawn(visualize.every_edge(kind, nodes, search.opt.space), "svg")
+    for place, kind in enumerate(("normal", "reduce")):
+        graph = visualize.every_edge(kind, search.opt.space, stacked[place][-1].tolist())
+        content, reason = visualize.drawn(graph, "svg")
         pictures[charts.CELLS[kind]] = reason or charts.for_page(
             content.decode(), f"{prefix}-{kind}", f"the {charts.CELLS[kind]} of an epoch"
         )
@@ -182,7 +183,7 @@ def _slider(search: Search, stacked: Sequence[torch.Tensor], epochs: Sequence[in
     data = {
         "prefix": prefix,
         "ops": ops,
-        "colours": [visualize.COLOURS.get(find_op(op).kind, "#333333") if op != NONE else "#9aa3ad" for op in ops],
+        "colours": [visualize.COLOURS.get(find_op(op).kind, "#333333") for op in ops],
         "boxes": [f"{node}-{source}" for node, source in edges],
         "edges": [f"{charts.state(source)} to {node}" for node, source in edges],
         "words": words,

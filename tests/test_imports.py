@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"compare", "main", "main_constraint", "inspect_model", "retrain", "export_model"}
+SCRIPTS = {"compare", "main", "main_constraint", "inspect_model", "retrain", "export_model", "cut_xview"}
 # A module imports from the rows above its own, never from its own row or below.
 ROWS = [
     {"genotypes", "options", "sampling"},
@@ -23,7 +23,7 @@ ROWS = [
 # Inside a wing a module imports those before it.
 WINGS = {
     "fused": ["plain", "build", "operation", "choice"],
-    "loading": ["pixels", "kept", "folders", "images", "sets", "records", "splits", "augmentation", "batches"],
+    "loading": ["pixels", "xview", "kept", "folders", "images", "sets", "records", "splits", "augmentation", "batches"],
     "resources": ["cost", "latency", "projection", "budget"],
     "training": ["distributed", "checkpoint", "parts", "evaluation", "stopping", "run", "opening", "loop", "selection"],
     "child": ["baselines", "cells", "source", "testing", "program", "retraining", "card", "export", "comparison"],

@@ -350,3 +350,17 @@ def test_alpha_of_every_epoch_is_kept(arguments: list[str]) -> None:
     for kind in ("normal", "reduce"):
         assert torch.allclose(torch.tensor(rows[1][kind]), state[f"alpha_{kind}"], rtol=0, atol=1e-5)
         assert rows[0][kind] != rows[1][kind]
+
+
+def test_tensorboard_has_probabilities_cells_and_options(arguments: list[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = main.main([*arguments, "--epochs=2"]).folder
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    assert {"p_normal", "p_reduce", "normal", "reduction"} <= {*tags["images"]}
+    assert [event.step for event in events.Images("p_normal")] == [1, 2]
+    assert "last/valid_acc" in tags["scalars"] and "_hparams_/experiment" in events.summary_metadata
+    before = {*folder.iterdir()}
+    main.main([*arguments, "--epochs=2", "--resume=True"])  # nothing is left to do
+    assert {*folder.iterdir()} == before

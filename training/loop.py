@@ -279,6 +279,7 @@ def fit(
     run: Run[Any],
     one_epoch: Callable[[int], dict[str, Any]],
     summarise: Callable[[Mapping[str, Any]], str],
+    illustrate: Callable[[utils.MetricLog, int], None] = lambda log, epoch: None,
 ) -> dict[str, Any]:
     """The loop over epochs: train and evaluate, write the checkpoint, then the row, print a line.
 
@@ -286,6 +287,7 @@ def fit(
         run: where to go on from, with its parts.
         one_epoch: epoch (1..epochs) -> its row of metrics.jsonl.
         summarise: a row -> one line for people.
+        illustrate: adds pictures of an epoch to its log.
     Returns:
         The last row.
     Raises:
@@ -302,6 +304,7 @@ def fit(
                     check_finite(run, name, value, epoch)
                 run.save(epoch, row)
                 log.add(row)
+                illustrate(log, epoch)
                 tqdm.write(summarise(row))
                 run.stop.learn(max(run.world.gather(run.stop.number or 0)))
                 run.stop.check()

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 from pictures import write_images
 
 import inspect_model
@@ -191,6 +192,15 @@ def test_without_a_name_runs_are_listed(
     assert "run: search, epoch 2/2" in said and f"test {figures['acc']:.2f} %, {figures['params']:,} parameters" in said
     with pytest.raises(UserError, match="holds no run"):
         inspect_model.main(["--experiments_dir=nowhere"])
+
+
+def test_the_cells_are_animated_over_the_epochs(arguments: list[str], places: list[str], tmp_path: Path) -> None:
+    main.main([*arguments, "--epochs=3"])
+    seen = inspect_model.main([*places, "--experiment=run", "--visualize=False", "--animate=True"])
+    assert seen is not None and [path.name for path in seen.files] == ["normal.webp", "reduction.webp"]
+    for path in seen.files:
+        with Image.open(path) as image:
+            assert image.n_frames == 3 and image.info["loop"] == 0
 
 
 MOVES = """
