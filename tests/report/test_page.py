@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from PIL import Image
 from pictures import write_images
+from PIL import Image
 
 import inspect_model
 import main
