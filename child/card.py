@@ -23,6 +23,7 @@ def describe(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotyp
     return {
         "file": path.name,
         "format": opt.format,
+        "precision": opt.precision,
         "input": f"images: {opt.input} (B, {info.channels}, {height}, {width}), {values}",
         "output": f"logits: float32 (B, {len(info.classes)})",
         "classes": info.classes,
@@ -54,6 +55,17 @@ def test_figures(path: Path, weights: str) -> dict[str, Any] | None:
     return None
 
 
+def _lost(card: Mapping[str, Any]) -> list[str]:
+    """Of a file of less precision: what that loses and gains, a line of the table."""
+    found = card.get("smaller")
+    if not found:
+        return []
+    words = [f"accuracy {found['acc']:.2f} % instead of {found['acc_fp32']:.2f} %"] if "acc" in found else []
+    words += [f"{found['latency_ms']:.2f} ms instead of {found['latency_ms_fp32']:.2f} in turns with it"]
+    words += [f"{found['bytes'] / 1024:,.0f} KiB instead of {found['bytes_fp32'] / 1024:,.0f}"]
+    return [f"| {card['precision']} against fp32 | {', '.join(words)} |"]
+
+
 def markdown(card: Mapping[str, Any]) -> str:
     """The card for people."""
     test, took = card["test"], card["latency"]
@@ -76,6 +88,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         f"| latency | {took['latency_ms']:.2f} ms an image ({took['p10_ms']:.2f} to {took['p90_ms']:.2f}, "
         f"n = {took['n']}), {took['runtime']}, {took['device']} |",
         f"| file against model | logits differ by at most {card['largest_difference']:.1e} on {card['compared_on']} |",
+        *_lost(card),
         f"| data | {card['data']} |",
         f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
         f"| training | {card['epoch']} epochs, seed {card['options']['seed']} |",

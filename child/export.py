@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import options
 import utils
-from child import card, program, source
+from child import card, program, smaller, source
 from loading import pixels
 from loading.augmentation import symmetries
 from loading.batches import Data
@@ -77,7 +78,8 @@ def run_export(opt: ExportOptions) -> Exported:
     content = checkpoint.load(weights)
     if content.get("stem") != "child":
         raise UserError(f"--checkpoint {weights} is a search's; retrain its child first: python retrain.py")
-    path = Path(opt.out) if opt.out else weights.with_name(f"child.{opt.format}")
+    ending = "" if opt.precision == "fp32" else f"_{opt.precision}"
+    path = Path(opt.out) if opt.out else weights.with_name(f"child{ending}.{opt.format}")
     cards = [path.with_name(f"{path.name}.{ending}") for ending in ("md", "json")]
     cards.append(path.with_name(f"{path.stem}_{opt.format}.py"))
     with nullcontext() if opt.out else one_writer(path.parent, "name a file elsewhere with --out"):
@@ -86,7 +88,7 @@ def run_export(opt: ExportOptions) -> Exported:
         info = DataInfo(**content["data"])
         trained = options.restore(ChildOptions, content["options"])
         model = Classifier(network, info, 255 if opt.input == "uint8" else 1, trained.test_flip).eval()
-        images, kind = _images(opt, content, info)
+        images, kind, data = _images(opt, content, info)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not opt.out:
             utils.clear(path.parent, f".{path.name}.*.tmp")
@@ -96,15 +98,14 @@ def run_export(opt: ExportOptions) -> Exported:
             write = _export_onnx if opt.format == "onnx" else _export_pt2
             predict = write(model, images, made, _metadata(info, opt))
             difference = _compare(model, predict, images)
+            print(f"compared with the model on {len(images)} {kind}: largest difference of a logit {difference:.2e}")
+            checked: dict[str, Any] = {"largest_difference": difference, "compared_on": f"{len(images)} {kind}"}
+            if opt.precision != "fp32":
+                predict, checked["smaller"] = _smaller(opt, made, predict, images, data)
             utils.write_atomic(described[2], _program(path))
             if kind == "test images":
-                _compare_files(described[2], content, opt, images, model)
-            print(f"compared with the model on {len(images)} {kind}: largest difference of a logit {difference:.2e}")
-            checked = {
-                "largest_difference": difference,
-                "compared_on": f"{len(images)} {kind}",
-                "latency": _latency(predict, images[:1].numpy(), opt.format),
-            }
+                _compare_files(described[2], content, opt, images, predict)
+            checked["latency"] = _latency({opt.format: predict}, images[:1].numpy())[opt.format]
             test = card.test_figures(weights.parent / "test.json", source.fingerprint(network))
             said = card.describe(opt, path, content, genotype) | checked | {"test": test}
             utils.write_atomic(described[1], json.dumps(said, indent=1) + "\n")
@@ -140,9 +141,9 @@ def _program(path: Path) -> str:
 
 
 def _compare_files(
-    written: Path, content: Mapping[str, Any], opt: ExportOptions, images: Tensor, model: Classifier
+    written: Path, content: Mapping[str, Any], opt: ExportOptions, images: Tensor, predict: Predict
 ) -> None:
-    """The program's own way from some of the files to pixels and guesses against the model's; raises UserError."""
+    """The program's own way from some of the files to pixels and guesses against the file's; raises UserError."""
     folder = Path(opt.dataset or content["options"]["dataset"])
     names = content["split"]["test"][: min(len(images), 32)]
     if not (folder / names[0]).is_file():  # a named data set
@@ -151,14 +152,61 @@ def _compare_files(
     height, width = info.image_size
     module = runpy.run_path(str(written))
     guess = module["classifier"]()
-    with torch.no_grad():
-        shares = model(images[: len(names)]).softmax(-1).max(-1).values.tolist()
-    for name, wanted, share in zip(names, images, shares, strict=False):
+    for name, wanted in zip(names, images, strict=False):
+        share = float(torch.from_numpy(predict(wanted[None].numpy())).softmax(-1).max())
         got = module["preprocess"](folder / name, "L" if info.channels == 1 else "RGB", (width, height), info.white)
         same = np.array_equal(got[0], (wanted if opt.input == "uint8" else wanted * 255).round().byte().numpy())
         if not same or abs(guess(str(folder / name))[1] - share) > 1e-3:
             what = "guesses otherwise about" if same else "has other pixels of"
             raise UserError(f"the program beside the exported file {what} {folder / name} than the model")
+
+
+def _smaller(
+    opt: ExportOptions, path: Path, whole: Predict, images: Tensor, data: Data | None
+) -> tuple[Predict, dict[str, Any]]:
+    """Make the file one of less precision; what that loses and gains. Raises UserError where it cannot be made."""
+    before = path.stat().st_size
+    if opt.precision == "fp16":
+        smaller.to_half(path)
+    elif data is None:
+        raise UserError("--precision int8 measures its ranges on training images; give --dataset")
+    else:
+        chosen = data.indices["train"][torch.randperm(len(data.indices["train"]), generator=torch.Generator())]
+        smaller.to_bytes(path, _as_taken(opt, data.pixels[chosen[: opt.calibration_images]]).numpy())
+    session = latency.session(str(path))
+    predict: Predict = lambda images: session.run(None, {"images": images})[0]  # noqa: E731
+    if not np.isfinite(predict(images.numpy())).all():
+        raise UserError(f"--precision {opt.precision} makes logits that are no numbers; keep fp32")
+    times = _latency({"fp32": whole, opt.precision: predict}, images[:1].numpy())
+    found: dict[str, Any] = {
+        "bytes": path.stat().st_size,
+        "bytes_fp32": before,
+        "latency_ms": times[opt.precision]["latency_ms"],
+        "latency_ms_fp32": times["fp32"]["latency_ms"],
+    }
+    if data is not None and len(data.indices["test"]):
+        found |= _accuracies(opt, data, {"acc": predict, "acc_fp32": whole})
+    lost = f"accuracy {found['acc']:.2f} % instead of {found['acc_fp32']:.2f} %, " if "acc" in found else ""
+    print(
+        f"{opt.precision}: {lost}{found['latency_ms']:.2f} ms an image instead of {found['latency_ms_fp32']:.2f}, "
+        f"{found['bytes'] / 1024:,.0f} KiB instead of {before / 1024:,.0f}"
+    )
+    return predict, found
+
+
+def _accuracies(opt: ExportOptions, data: Data, files: Mapping[str, Predict]) -> dict[str, float]:
+    """Per cent of the test images that each file guesses."""
+    right = dict.fromkeys(files, 0)
+    for chosen in data.indices["test"].split(256):
+        batch, labels = _as_taken(opt, data.pixels[chosen]).numpy(), data.labels[chosen].numpy()
+        for name, predict in files.items():
+            right[name] += int((predict(batch).argmax(1) == labels).sum())
+    return {name: 100 * count / len(data.indices["test"]) for name, count in right.items()}
+
+
+def _as_taken(opt: ExportOptions, pixels: Tensor) -> Tensor:
+    """Bytes in the type that the file takes."""
+    return pixels if opt.input == "uint8" else pixels.float() / 255
 
 
 def _find_checkpoint(opt: ExportOptions) -> Path:
@@ -172,10 +220,11 @@ def _find_checkpoint(opt: ExportOptions) -> Path:
     return newest
 
 
-def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> tuple[Tensor, str]:
-    """Images to compare on, in the type the exported model takes, and what they are."""
+def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> tuple[Tensor, str, Data | None]:
+    """Images to compare on, in the type the exported model takes, what they are, and the data where it is there."""
     stored = options.restore(ChildOptions, content["options"])
     stored = replace(stored, dataset=opt.dataset or stored.dataset, data_dir=opt.data_dir)
+    data = None
     try:
         data = Data(stored, content["split"], like=info)
         for note in data.notes:
@@ -190,7 +239,7 @@ def _images(opt: ExportOptions, content: Mapping[str, Any], info: DataInfo) -> t
         print(f"note: no test images to compare on ({error.problem}); random ones are taken: give --dataset")
         shape = (max(2, opt.check_images), info.channels, *info.image_size)
         images, kind = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator()), "random images"
-    return (images if opt.input == "uint8" else images.float() / 255), kind
+    return _as_taken(opt, images), kind, data
 
 
 def _metadata(info: DataInfo, opt: ExportOptions) -> dict[str, str]:
@@ -240,17 +289,20 @@ def _export_pt2(model: Classifier, images: Tensor, path: Path, metadata: Mapping
     return predict
 
 
-def _latency(predict: Predict, image: np.ndarray[Any, Any], kind: str) -> dict[str, Any]:
-    """Milliseconds for one image, median and 10th to 90th percentile of 100 calls after 20 to warm up."""
-    seconds = utils.in_turns({kind: lambda: utils.timed(lambda: predict(image))}, 120)[kind]
-    times = [1000 * t for t in seconds[20:]]
-    tenths = statistics.quantiles(times, n=10)
-    return {
-        "latency_ms": statistics.median(times),
-        "p10_ms": tenths[0],
-        "p90_ms": tenths[-1],
-        "n": len(times),
-        "batch": 1,
-        "runtime": "onnxruntime" if kind == "onnx" else "torch.export, eager",
-        "device": f"{utils.processor()}, threads: {torch.get_num_threads()}",
-    }
+def _latency(files: Mapping[str, Predict], image: np.ndarray[Any, Any]) -> dict[str, dict[str, Any]]:
+    """Milliseconds for one image, median and 10th to 90th percentile of 100 calls in turns after 20 to warm up."""
+    calls = {name: partial(utils.timed, partial(predict, image)) for name, predict in files.items()}
+    found = {}
+    for name, seconds in utils.in_turns(calls, 120).items():
+        times = [1000 * t for t in seconds[20:]]
+        tenths = statistics.quantiles(times, n=10)
+        found[name] = {
+            "latency_ms": statistics.median(times),
+            "p10_ms": tenths[0],
+            "p90_ms": tenths[-1],
+            "n": len(times),
+            "batch": 1,
+            "runtime": "torch.export, eager" if name == "pt2" else "onnxruntime",
+            "device": f"{utils.processor()}, threads: {torch.get_num_threads()}",
+        }
+    return found

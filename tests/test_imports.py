@@ -26,7 +26,18 @@ WINGS = {
     "loading": ["pixels", "xview", "kept", "folders", "images", "sets", "records", "splits", "augmentation", "batches"],
     "resources": ["cost", "latency", "projection", "budget"],
     "training": ["distributed", "checkpoint", "parts", "evaluation", "stopping", "run", "opening", "loop", "selection"],
-    "child": ["baselines", "cells", "source", "testing", "program", "retraining", "card", "export", "comparison"],
+    "child": [
+        "baselines",
+        "cells",
+        "source",
+        "testing",
+        "program",
+        "retraining",
+        "card",
+        "smaller",
+        "export",
+        "comparison",
+    ],
     "report": ["runs", "charts", "page"],
 }
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}

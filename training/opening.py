@@ -63,7 +63,7 @@ _LEFTOVERS = (
 # What runs leave besides, and what is made of them: --overwrite removes it, and nothing else
 _RESULTS = re.compile(
     r"(weights|child)_epoch_\d+(_step_\d+)?\.pt|(genotype|selection|test)\.json|guesses\.csv|(metrics|alphas)\.jsonl|"
-    r"events\.out\.tfevents\..*|child\.(onnx|pt2)(\.md|\.json)?|child_(onnx|pt2)\.py"
+    r"events\.out\.tfevents\..*|child(_fp16|_int8)?(\.(onnx|pt2)(\.md|\.json)?|_(onnx|pt2)\.py)"
 )
 
 

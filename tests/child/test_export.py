@@ -275,3 +275,37 @@ def test_a_killed_export_leaves_nothing_under_the_names(trained: list[str], monk
     monkeypatch.setattr(export, "_compare", killed)
     with pytest.raises(KeyboardInterrupt):
         export_model.main(trained)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 0.05), ("int8", 0.5)])
+def test_a_smaller_file_guesses_nearly_the_same_and_says_what_is_lost(
+    trained: list[str], precision: str, most: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnx
+    import onnxruntime
+
+    whole = export_model.main(trained)
+    done = export_model.main([*trained, f"--precision={precision}"])
+    assert done.path.name == f"child_{precision}.onnx" and (done.path.parent / f"child_{precision}_onnx.py").is_file()
+    sessions = [onnxruntime.InferenceSession(str(one.path)) for one in (whole, done)]
+    images = np.random.default_rng(0).integers(0, 256, (16, 3, 8, 8), dtype=np.uint8)
+    first, second = (session.run(None, {"images": images})[0] for session in sessions)
+    assert second.dtype == np.float32 and 0 < np.abs(first - second).max() < most
+    assert sessions[1].get_modelmeta().custom_metadata_map == sessions[0].get_modelmeta().custom_metadata_map
+    kinds = {tensor.data_type for tensor in onnx.load(done.path).graph.initializer}
+    assert {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8}[precision] in kinds
+    said = done.card["smaller"]
+    assert abs(said["acc"] - said["acc_fp32"]) <= 100 / 8 and said["bytes"] == done.path.stat().st_size
+    assert f"{precision} against fp32" in done.cards[0].read_text() and "instead of" in capsys.readouterr().out
+
+
+def test_int8_needs_training_images_and_onnx(trained: list[str], tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        export_model.main([*trained, "--precision=int8", "--format=pt2"])
+    path = next((tmp_path / "experiments").rglob("child_epoch_*.pt"))
+    content = checkpoint.load(path)
+    content["options"]["dataset"] = str(tmp_path / "gone")
+    checkpoint.save(path, content)
+    with pytest.raises(UserError, match="measures its ranges on training images; give --dataset"):
+        export_model.main([*trained, "--precision=int8"])
+    assert not [*path.parent.glob("child_int8*")]
