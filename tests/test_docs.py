@@ -1,7 +1,13 @@
-"""The programs of docs/extending.md, run as they stand there on a small folder called dataset."""
+"""What docs/ says: the programs of extending.md and the commands of tutorial.md run, names and links are real."""
 
+import importlib
+import json
 import re
 import runpy
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -86,3 +92,68 @@ def test_a_new_estimator_is_chosen_by_its_name(run: Any) -> None:
 def test_a_new_measure_is_kept_to(run: Any) -> None:
     metrics = run("measure")["found"].metrics
     assert metrics["child_launches"] <= 4 == metrics["budget_launches"]
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_function_of_the_map_exists() -> None:
+    names = re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)`", (DOCS / "code.md").read_text(encoding="utf-8"))
+    assert len(names) > 20
+    for name in names:
+        found, rest = None, name.split(".")
+        for length in range(len(rest), 0, -1):
+            with suppress(ImportError):
+                found, rest = importlib.import_module(".".join(rest[:length])), rest[length:]
+                break
+        for part in rest:
+            found = getattr(found, part)  # raises AttributeError with its name
+        assert rest, f"{name} is a module"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+SMALL = ["--image_size=8", "--init_channels=4", "--device=cpu", "--batch_size=128"]
+SMALLER = {  # of each script, so that the tutorial takes a minute
+    "main.py": [*SMALL, "--epochs=2"],
+    "retrain.py": [*SMALL, "--epochs=2"],
+    "compare.py": [
+        "--n=1",
+        "--contenders=[found,plain]",
+        f"--search_options={json.dumps([*SMALL, '--epochs=1'])}",
+        f"--retrain_options={json.dumps([*SMALL, '--epochs=1'])}",
+    ],
+}
+
+
+def same_but_for_numbers(line: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"-?\d[\d,.]*(e-?\d+)?", "#", line)).strip()
+
+
+def test_the_tutorial_is_true(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its commands run one after another, and give its lines but for the numbers."""
+    for name, source in (("photos", "dataset"), ("options", "options")):
+        (tmp_path / name).symlink_to(DOCS.parent / source)
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", page, re.MULTILINE)
+    assert [shlex.split(command)[0] for command, _ in commands].count("python") == 6
+    for command, lines in commands:
+        program, *given = shlex.split(command)
+        if program == "pip":
+            continue
+        capsys.readouterr()
+        if given[0].endswith("child_onnx.py"):
+            done = subprocess.run([sys.executable, *given], capture_output=True, text=True)
+            assert done.returncode == 0 and f"{given[1]}: " in done.stdout, done.stderr
+            continue
+        importlib.import_module(given[0].removesuffix(".py")).main([*given[1:], *SMALLER.get(given[0], [])])
+        said = {same_but_for_numbers(line) for line in capsys.readouterr().out.splitlines()}
+        for line in lines.splitlines():
+            assert line == "..." or same_but_for_numbers(line) in said, f"{command}: {line}"
