@@ -1,6 +1,7 @@
 """What a user may say: options as dataclasses, and UserError for what was said wrong."""
 
 import dataclasses
+import inspect
 import io
 import os
 import re
@@ -60,10 +61,13 @@ class _Parser(ArgumentParser):
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Help that leaves an epilog of several lines, a program, as it is."""
+    """Help that keeps the lines of a text of several, such as a program, and folds those that are too long."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if "\n" in text.strip() else super()._fill_text(text, width, indent)
+        lines = text.strip().split("\n")
+        return "\n".join(
+            super(_Formatter, self)._fill_text(line, width, indent) if len(line) > width else line for line in lines
+        )
 
 
 def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: str, epilog: str = "") -> O:
@@ -79,8 +83,10 @@ def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: 
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
+    parser.usage = f"{prog} [--OPTION VALUE ...]"
     parser.add_argument("--config", action="config", help="a YAML file of options, e.g. options/presets/quick.yaml")
     parser.add_class_arguments(options)
+    _group(parser, options)
     arguments = sys.argv[1:] if argv is None else list(argv)
     _check_config_files(parser, arguments)
     try:
@@ -96,6 +102,20 @@ def parse(options: type[O], argv: Sequence[str] | None, prog: str, description: 
     except UserError as error:
         parser.error(str(error))
     return result
+
+
+def _group(parser: _Parser, options: type[Any]) -> None:
+    """In --help the options stand under the class that brought them, as its docstring begins."""
+    owners: dict[str, type[Any]] = {}
+    for kind in reversed(options.__mro__):
+        for name in inspect.get_annotations(kind):
+            owners.setdefault(name, kind)
+    actions = {action.dest: action for group in parser._action_groups for action in group._group_actions}
+    for group in parser._action_groups:
+        group._group_actions = [action for action in group._group_actions if action.dest not in owners]
+    for kind in dict.fromkeys(owners.values()):
+        group = parser.add_argument_group((kind.__doc__ or "").strip().split("\n")[0].rstrip("."))
+        group._group_actions += [actions[name] for name, owner in owners.items() if owner is kind]
 
 
 def check_name(name: str) -> None:

@@ -63,7 +63,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class RunOptions(DataOptions):
-    """What a search and a retraining have in common: the run, the data, the machine, the training."""
+    """The run, its files, the machine, the training, as a search and a retraining have them."""
 
     name: str = "search"
     """Name of the experiment: a folder of experiments_dir. An existing one is kept."""
@@ -133,7 +133,7 @@ class RunOptions(DataOptions):
 
 @dataclass(frozen=True)
 class TrainOptions(RunOptions):
-    """A search: the supernet, its sampling, the optimiser of alpha (Adam); theta's is SGD."""
+    """The search: its supernet, its sampling, the optimiser of alpha (Adam; theta's is SGD)."""
 
     space: Literal["snas", "nasnet", "amoebanet", "convs"] = "snas"
     """Operation space: the candidate operations of an edge. convs has full and separable convolutions."""

@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,6 +43,22 @@ def test_every_option_has_a_help_text() -> None:
     for field in fields(TrainOptions):
         entry = text.getvalue().split(f"\n  --{field.name} ")[1].split("\n  --")[0]
         assert len(entry.split()) > 6, field.name
+
+
+@pytest.mark.parametrize("script", ["main", "main_constraint", "retrain", "inspect_model", "compare", "export_model"])
+def test_help_fits_a_terminal_and_groups_the_options(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"usage: {script}.py [--OPTION VALUE ...]"
+    assert max(map(len, lines)) <= 92 and len([line for line in lines if len(line) > 80]) <= 3  # titles are not wrapped
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert len({*shown}) == len(shown)
+    groups = [line for line in lines if line.endswith(":") and not line.startswith((" ", "usage"))]
+    assert len(groups) >= {"main": 4, "main_constraint": 6, "retrain": 4}.get(script, 2), groups
 
 
 def test_command_line_wins_over_config_and_numbers_are_plain(tmp_path: Path) -> None:
