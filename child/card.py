@@ -33,12 +33,25 @@ def describe(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotyp
         **testing.tested_cost(child, genotype, info),
         "passes": source.passes(child),
         "data": trained["dataset"],
+        "licence": opt.licence,
+        "data_notice": _notice(Path(opt.dataset or trained["dataset"])),
         "train_images_per_class": dict(zip(info.classes, info.counts["train"], strict=True)),
         "epoch": content["epoch"],
         "commit": utils.commit(),
         "genotype": genotype and genotype.to_dict(),
         "options": trained,
     }
+
+
+def _notice(folder: Path) -> str | None:
+    """What lies beside the images about their terms, its first 4,000 letters: LICENSE, LICENCE, COPYING or NOTICE."""
+    if not folder.is_dir():
+        return None
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stem.upper() in ("LICENSE", "LICENCE", "COPYING", "NOTICE"):
+            with path.open(encoding="utf-8", errors="replace") as file:
+                return file.read(4000)
+    return None
 
 
 def test_figures(path: Path, weights: str) -> dict[str, Any] | None:
@@ -89,6 +102,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         f"n = {took['n']}), {took['runtime']}, {took['device']} |",
         f"| file against model | logits differ by at most {card['largest_difference']:.1e} on {card['compared_on']} |",
         *_lost(card),
+        f"| licence | {card['licence'] or 'not stated; the terms of the data apply to what was learnt of it too'} |",
         f"| data | {card['data']} |",
         f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
         f"| training | {card['epoch']} epochs, seed {card['options']['seed']} |",
@@ -105,4 +119,6 @@ def markdown(card: Mapping[str, Any]) -> str:
         lines += ["", f"{kind} cell:", ""]
         for index, node in enumerate(card["genotype"][kind]):
             lines.append(f"- node {index}: " + (", ".join(f"{op} of {source}" for op, source in node) or "no input"))
+    if card["data_notice"]:
+        lines += ["", "Notice of the data:", "", *(f"    {line}" for line in card["data_notice"].splitlines())]
     return "\n".join(lines) + "\n"

@@ -24,6 +24,8 @@ class ExportOptions:
     """The file to write. Default: child.onnx, child.pt2 beside the checkpoint. Nothing is overwritten."""
     calibration_images: PositiveInt = 512
     """With int8, training images by which the ranges are measured; fewer if there are fewer."""
+    licence: str | None = None
+    """Terms of the exported file, for its card, e.g. 'CC BY-NC-SA 4.0, as its data'."""
     check_images: NonNegativeInt = 256
     """Test images on which the reloaded file is compared with the model; fewer if there are fewer."""
     dataset: str | None = None

@@ -309,3 +309,14 @@ def test_int8_needs_training_images_and_onnx(trained: list[str], tiny: Path, tmp
     with pytest.raises(UserError, match="measures its ranges on training images; give --dataset"):
         export_model.main([*trained, "--precision=int8"])
     assert not [*path.parent.glob("child_int8*")]
+
+
+def test_the_card_has_the_licence_and_the_notice_of_the_data(trained: list[str], tmp_path: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "noticed")
+    (tmp_path / "noticed" / "LICENSE.txt").write_text("Not to be sold.\n| nor rented")
+    more = [f"--dataset={tmp_path / 'noticed'}", "--licence=CC BY 4.0"]
+    done = export_model.main([*trained, *more])
+    said = done.cards[0].read_text()
+    assert done.card["data_notice"].startswith("Not to be sold") and done.card["licence"] == "CC BY 4.0"
+    assert "| licence | CC BY 4.0 |" in said and "\n    Not to be sold.\n    | nor rented\n" in said
+    assert "not stated" in export_model.main([*trained, f"--out={tmp_path}/other.onnx"]).cards[0].read_text()
