@@ -49,15 +49,24 @@ class InspectOptions(DeployedOptions):
         super().check()
         if self.epoch != "last" and not re.fullmatch("[0-9]+", self.epoch):
             raise UserError(f"--epoch {self.epoch} is neither a number nor last")
-        names = self.experiment.split(",") if self.experiment is not None else []
-        for name in names:
+        for name in self.names():
             if not name or Path(name).name != name:
                 raise UserError(f"--experiment {name} is not the name of a folder; give --experiments_dir too")
-        if len(names) > 1 and (not self.report or self.animate or self.out is not None or len({*names}) < len(names)):
+        asked = [f"--{name}" for name in ("report", "animate", "out") if getattr(self, name)]
+        if self.experiment is None and asked:
+            raise UserError(f"{asked[0]} is about one of the runs; give --experiment too")
+        if len(self.names()) > 1 and ("--report" not in asked or asked[1:] or len({*self.names()}) < len(self.names())):
             raise UserError(
                 f"--experiment {self.experiment}: several, each once, are compared by --report True, without --out "
                 "and --animate"
             )
+
+    def names(self) -> list[str]:
+        """Of the experiments: a name may have commas, where there is such a folder."""
+        if self.experiment is None:
+            return []
+        whole = (Path(self.experiments_dir) / self.experiment).is_dir()
+        return [self.experiment] if whole else self.experiment.split(",")
 
 
 class Inspected(NamedTuple):
@@ -85,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Inspected | None:
         _list(base)
         return None
     wanted = {field.name: getattr(opt, field.name) for field in fields(DeployedOptions)}
-    searches = [runs.read_search(base, name, opt.epoch, opt.rule) for name in opt.experiment.split(",")]
+    searches = [runs.read_search(base, name, opt.epoch, opt.rule) for name in opt.names()]
     place = Path(opt.visualizations_dir) / "+".join(search.name for search in searches)
     if opt.visualize or opt.report or opt.animate:
         utils.claim(place, base / place.name, "visualizations_dir")

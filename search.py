@@ -62,6 +62,7 @@ class Learner:
 
 
 ALPHAS = "alphas.jsonl"  # the logits (E, O) of both cells after every epoch
+_END = ".end"  # of the file of TensorBoard that is written last
 _SQUARE = 16  # pixels of a probability in TensorBoard
 _PAPER = 58_500  # steps of the paper's search: 150 epochs of 25,000 images by 64
 _HIGHEST = 0.1  # learning rate of alpha that a short run is given
@@ -189,8 +190,11 @@ def _leave(run: Run[TrainOptions], genotype: genotypes.Genotype, alphas: Sequenc
         print(f"note: the cells are not drawn: {options.in_words(error)}")
     for warning in doubts(genotype, run.opt.layers, run.opt.select > 0, *(sampling.margin(a).item() for a in alphas)):
         print(warning)
-    if run.started < run.opt.epochs:
-        _to_tensorboard(run, pictures)
+    if not [*run.folder.glob(f"events.*{_END}")]:
+        try:
+            _to_tensorboard(run, pictures)
+        except (OSError, ValueError) as error:
+            print(f"note: TensorBoard lacks the cells: {error}")
     if pictures:
         print(f"pictures {', '.join(str(path) for path in pictures)}")
     return pictures
@@ -202,9 +206,9 @@ def _to_tensorboard(run: Run[TrainOptions], pictures: Sequence[Path]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     given = options.to_dict(run.opt)
-    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in given.items()}
+    plain = {name: value if isinstance(value, int | float) else _shown(value) for name, value in given.items()}
     last = {f"last/{name}": value for name, value in run.metrics.items() if name.endswith("_acc")}
-    with SummaryWriter(str(run.folder), filename_suffix=".end") as writer:
+    with SummaryWriter(str(run.folder), filename_suffix=_END) as writer:
         for path in pictures:
             if path.suffix == ".png":
                 with Image.open(path) as image:
@@ -212,6 +216,11 @@ def _to_tensorboard(run: Run[TrainOptions], pictures: Sequence[Path]) -> None:
                         path.stem.partition("_")[0], np.asarray(image.convert("RGB")), run.epoch, dataformats="HWC"
                     )
         writer.add_hparams(plain, last, run_name=".")
+
+
+def _shown(value: Any) -> str:
+    """As a text that every program can read."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _illustrate(log: utils.MetricLog, epoch: int, alphas: Sequence[Tensor]) -> None:

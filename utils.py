@@ -82,11 +82,11 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def hardware() -> str:
+def hardware(device: torch.device) -> str:
     """What this process runs on, for people."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     threads = f"{processor()}, {torch.get_num_threads()} threads"
-    return f"{gpu or threads}, torch {torch.__version__}, commit {commit(12)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    return f"{name}, torch {torch.__version__}, commit {commit(12)}"
 
 
 def commit(digits: int = 40) -> str:
@@ -255,7 +255,9 @@ def add_row(path: Path, row: Mapping[str, Any]) -> None:
 
 def keep_rows(path: Path, epoch: int) -> int:
     """Drop the rows after an epoch, and lines that are none; returns the epoch of the last row, 0 if none."""
-    rows = [row for row in read_metrics(path) if row["epoch"] <= epoch] if path.exists() else []
+    if not path.exists():
+        return 0
+    rows = [row for row in read_metrics(path) if row["epoch"] <= epoch]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1]["epoch"] if rows else 0
 

@@ -44,14 +44,20 @@ def describe(opt: ExportOptions, path: Path, content: Mapping[str, Any], genotyp
 
 
 def _notice(folder: Path) -> str | None:
-    """What lies beside the images about their terms, its first 4,000 letters: LICENSE, LICENCE, COPYING or NOTICE."""
-    if not folder.is_dir():
-        return None
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.stem.upper() in ("LICENSE", "LICENCE", "COPYING", "NOTICE"):
+    """What lies beside the images about their terms: LICENSE, LICENCE, COPYING, NOTICE; 4,000 letters of each."""
+    names = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_file() and path.stem.upper() in names and path.suffix.lower() in ("", ".txt", ".md"):
             with path.open(encoding="utf-8", errors="replace") as file:
-                return file.read(4000)
-    return None
+                text = file.read(4001)
+            found.append(text if len(text) <= 4000 else f"{text[:4000]}\n... ({path.name} goes on)")
+    return "\n\n".join(found) or None
+
+
+def _cell(text: str) -> str:
+    """Words as they can stand in a table."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).replace("|", "\\|")
 
 
 def test_figures(path: Path, weights: str) -> dict[str, Any] | None:
@@ -81,9 +87,14 @@ def _lost(card: Mapping[str, Any]) -> list[str]:
 
 def markdown(card: Mapping[str, Any]) -> str:
     """The card for people."""
-    test, took = card["test"], card["latency"]
+    test, took, smaller = card["test"], card["latency"], card.get("smaller", {})
     lines = [f"# {card['file']}", ""]
-    if test:
+    if "acc" in smaller:
+        lines += [
+            f"An image classifier in {card['precision']} with **{smaller['acc']:.2f} %** accuracy on the test "
+            f"images; in fp32 it has {smaller['acc_fp32']:.2f} %. The accuracies of classes below are those of fp32."
+        ]
+    elif test:
         lines += [
             f"An image classifier with **{test['acc']:.2f} %** accuracy ({test['balanced_acc']:.2f} % balanced, "
             f"calibration error {test['ece']:.3f}) on {test['test_images']:,} test images that it was not trained on.",
@@ -102,7 +113,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         f"n = {took['n']}), {took['runtime']}, {took['device']} |",
         f"| file against model | logits differ by at most {card['largest_difference']:.1e} on {card['compared_on']} |",
         *_lost(card),
-        f"| licence | {card['licence'] or 'not stated; the terms of the data apply to what was learnt of it too'} |",
+        f"| licence | {_cell(card['licence'] or 'not stated; those of the data apply to what was learnt of it too')} |",
         f"| data | {card['data']} |",
         f"| mean, std | {[round(v, 4) for v in card['mean']]}, {[round(v, 4) for v in card['std']]} (pixels in 0..1) |",
         f"| training | {card['epoch']} epochs, seed {card['options']['seed']} |",
@@ -113,8 +124,7 @@ def markdown(card: Mapping[str, Any]) -> str:
     ]
     for name, count in card["train_images_per_class"].items():
         share = test["per_class_acc"].get(name) if test else None
-        name = "".join(letter if letter.isprintable() else " " for letter in name).replace("|", "\\|")
-        lines.append(f"| {name} | {count:,} | {'-' if share is None else f'{share:.1f} %'} |")
+        lines.append(f"| {_cell(name)} | {count:,} | {'-' if share is None else f'{share:.1f} %'} |")
     for kind in ("normal", "reduce") if card["genotype"] else ():
         lines += ["", f"{kind} cell:", ""]
         for index, node in enumerate(card["genotype"][kind]):

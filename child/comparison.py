@@ -115,7 +115,7 @@ def over_groups(
         pattern: the --group_pattern; images without a match are groups of their own.
         draws: of the bootstrap.
     """
-    tables = [[_guesses(path) for path in side] for side in (found, others)]
+    tables = [[read_guesses(path) for path in side] for side in (found, others)]
     first = tables[0][0]
     classes = {name: place for place, name in enumerate(sorted({row["class"] for row in first}))}
     groups: dict[str, int] = {}
@@ -163,7 +163,10 @@ def verdict_over_groups(groups: Mapping[str, Mapping[str, Mapping[str, float]]])
     return f"Over the {count} groups of the test images (intervals over groups and runs): {'; '.join(parts)}."
 
 
-def _guesses(path: Path) -> list[dict[str, str]]:
+def read_guesses(path: Path) -> list[dict[str, str]]:
+    """The rows of a guesses.csv, none where there is no such file."""
+    if not path.is_file():
+        return []
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
 

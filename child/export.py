@@ -78,8 +78,8 @@ def run_export(opt: ExportOptions) -> Exported:
     content = checkpoint.load(weights)
     if content.get("stem") != "child":
         raise UserError(f"--checkpoint {weights} is a search's; retrain its child first: python retrain.py")
-    ending = "" if opt.precision == "fp32" else f"_{opt.precision}"
-    path = Path(opt.out) if opt.out else weights.with_name(f"child{ending}.{opt.format}")
+    kind = "" if opt.precision == "fp32" else f"_{opt.precision}"
+    path = Path(opt.out) if opt.out else weights.with_name(f"child{kind}.{opt.format}")
     cards = [path.with_name(f"{path.name}.{ending}") for ending in ("md", "json")]
     cards.append(path.with_name(f"{path.stem}_{opt.format}.py"))
     with nullcontext() if opt.out else one_writer(path.parent, "name a file elsewhere with --out"):
@@ -102,6 +102,7 @@ def run_export(opt: ExportOptions) -> Exported:
             checked: dict[str, Any] = {"largest_difference": difference, "compared_on": f"{len(images)} {kind}"}
             if opt.precision != "fp32":
                 predict, checked["smaller"] = _smaller(opt, made, predict, images, data)
+                checked["largest_difference"] = _difference(model, predict, images)
             utils.write_atomic(described[2], _program(path))
             if kind == "test images":
                 _compare_files(described[2], content, opt, images, predict)
@@ -126,11 +127,16 @@ def _check_free(*files: Path) -> None:
 def _compare(model: Classifier, predict: Predict, images: Tensor) -> float:
     """The largest difference of a logit between the file and the model; raises UserError for a wrong file."""
     with torch.no_grad():
-        wanted = model(images).numpy()
-    difference = float(np.abs(predict(images.numpy()) - wanted).max())
-    if not difference <= 1e-3 * max(1.0, float(np.abs(wanted).max())):
+        most = float(model(images).abs().max())
+    difference = _difference(model, predict, images)
+    if not difference <= 1e-3 * max(1.0, most):
         raise UserError(f"the exported file computes something else than the model (difference {difference:.2e})")
     return difference
+
+
+def _difference(model: Classifier, predict: Predict, images: Tensor) -> float:
+    with torch.no_grad():
+        return float(np.abs(predict(images.numpy()) - model(images).numpy()).max())
 
 
 def _program(path: Path) -> str:

@@ -9,11 +9,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
+import utils
 from options import UserError
 from options.cut_option import CutOptions
 
@@ -59,10 +61,23 @@ def cut(opt: CutOptions) -> Cut:
         raise UserError(f"--scenes {scenes}: no such folder; give that of xView's SCENE.tif files")
     done = Cut(Counter(), Counter())
     objects = read_labels(Path(opt.labels), done.left_out)
+    if not objects:
+        raise UserError(
+            f"--labels {opt.labels} names no land vehicle of xView ({sum(done.left_out.values())} unreadable)"
+        )
     if not any((scenes / name).is_file() for name in objects):
         raise UserError(f"--scenes {scenes} has none of the {len(objects)} scenes of --labels, such as {min(objects)}")
-    for name in tqdm(sorted(objects), "scenes", disable=None):
-        _cut_scene(scenes / name, objects[name], out, opt.size, done)
+    stems = Counter(Path(name).stem for name in objects)
+    twice = [stem for stem, count in stems.items() if count > 1]
+    if twice:
+        raise UserError(f"--labels {opt.labels}: two scenes are called {twice[0]}, whose chips would have one name")
+    utils.writable(out.parent, "out")
+    with TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as aside:
+        for name in tqdm(sorted(objects), "scenes", disable=None):
+            _cut_scene(scenes / name, objects[name], Path(aside) / "chips", opt.size, done)
+        if not done.chips:
+            raise UserError(f"no chip was cut: {', '.join(f'{n:,} {why}' for why, n in done.left_out.most_common())}")
+        (Path(aside) / "chips").replace(out)
     for kind, count in sorted(done.chips.items()):
         print(f"{count:7,d} {kind}")
     for why, count in done.left_out.most_common():
@@ -113,7 +128,7 @@ def _cut_scene(path: Path, objects: Iterable[Labelled], out: Path, size: int, do
     except FileNotFoundError:
         done.left_out[f"objects of scenes that are not in {path.parent}"] += len(objects)
         return
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         done.left_out["objects of scenes that cannot be read"] += len(objects)
         return
     width, height = scene.size

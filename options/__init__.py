@@ -188,6 +188,15 @@ def save(options: Any, path: Path, head: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def heads(path: Path) -> list[str]:
+    """The first two lines of such a file: how to run it again, the machine it began on; fewer where there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    return [line.removeprefix("# ") for line in lines[:2] if line.startswith("# ")]
+
+
 class _Dumper(yaml.SafeDumper):
     """Text that a reader might take for a number is quoted: jsonargparse reads more of these than YAML does."""
 

@@ -8,6 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from genotypes import edge_list, num_nodes
 
@@ -34,7 +35,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator["Figure"]:
-    """An empty figure in inches; its letters are 8 points, legible at the width of a column."""
+    """An empty figure in inches; its letters are 8 points where they can be."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -52,7 +53,13 @@ def _svg(figure: "Figure") -> str:
     return file.getvalue()
 
 
-def for_page(svg: str, prefix: str, words: str) -> str:
+def name_of(text: str) -> str:
+    """A name as matplotlib and XML take it: no formula, nothing that does not print, no leading underscore."""
+    plain = "".join(letter if letter.isprintable() else "\ufffd" for letter in text.encode("utf-8", "replace").decode())
+    return plain.replace("$", r"\$") if not plain.startswith("_") else "\u200b" + plain.replace("$", r"\$")
+
+
+def for_page(svg: str, prefix: str, words: str) -> Markup:
     """An SVG file as an element of a page: names of its own, the page's colours, words for those who cannot see it."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     for number, mark in enumerate(_MARKS):
@@ -60,7 +67,7 @@ def for_page(svg: str, prefix: str, words: str) -> str:
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', lambda match: f"{match[1]}{prefix}-", svg)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{words}">{rest}'
+    return Markup(f'{head} role="img" aria-label="{escape(words)}">{rest}')
 
 
 def for_file(svg: str) -> str:
@@ -115,7 +122,7 @@ def _lines(axes: "Axes", runs: Mapping[str, Rows], names: Mapping[str, str]) -> 
             points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
             if points:
                 colour = _MARKS[(number if several else place) % len(_MARKS)]
-                label = (run if place == 0 else None) if several else words or None
+                label = (name_of(run) if place == 0 else None) if several else words or None
                 style = _LINES[place % len(_LINES)]
                 axes.plot(
                     *zip(*points, strict=True), style, color=colour, label=label, marker="" if points[1:] else "o"
@@ -164,7 +171,7 @@ def confusion(table: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     with _figure(size, size * 0.9) as figure:
         axes = figure.add_subplot()
         axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-        names = [name if len(name) < 16 else f"{name[:14]}.." for name in classes]
+        names = [name_of(name if len(name) < 16 else f"{name[:14]}..") for name in classes]
         if len(classes) <= 40:
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
             axes.set_yticks(range(len(names)), names, fontsize=6)
@@ -200,7 +207,7 @@ def against_cost(places: Sequence[tuple[str, float, float]], label: str, measure
     with _figure(4.2, 2.6) as figure:
         axes = figure.add_subplot()
         for number, (name, cost, accuracy) in enumerate(places):
-            axes.scatter([cost], [accuracy], s=24, color=_MARKS[number % len(_MARKS)], label=name)
+            axes.scatter([cost], [accuracy], s=24, color=_MARKS[number % len(_MARKS)], label=name_of(name))
         axes.set_xlabel(measure)
         axes.set_ylabel(label)
         axes.margins(0.2)

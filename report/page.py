@@ -1,17 +1,18 @@
 """A report: one page of a search, or of several side by side, that needs no other file."""
 
 import base64
-import csv
 import io
 import random
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from PIL import Image, UnidentifiedImageError
+from markupsafe import Markup, escape
+from PIL import Image
 
 import options
 import sampling
@@ -20,6 +21,7 @@ import visualize
 from child import comparison
 from genotypes import SPACES, edge_list, find_op, num_nodes
 from loading import pixels
+from loading.sets import DataInfo
 from options.constraint_option import ConstraintOptions
 from options.default_option import TrainOptions
 from report import charts, runs
@@ -99,8 +101,8 @@ def _of_search(
         "chosen": search.chosen,
         "cells": _cells(search, prefix),
         "slider": None if several else _slider(search, stacked, [*history], prefix),
-        "costs": _costs(search, costs),
-        "priced": any(name.startswith("cost_") for name in search.row),
+        "costs": _costs(search, costs, wanted),
+        "priced": any(name.startswith("cost_") for name in search.row) and not any(wanted.values()),
         "deployed": f"C = {deployed.init_channels}, {deployed.layers} cells, {_size(deployed.image_size)}",
         "params": costs["params"],
         "trained": [_of_training(one) for one in trained],
@@ -113,8 +115,8 @@ def _of_search(
 
 def _facts(search: Search, costs: Mapping[str, int]) -> list[tuple[str, str]]:
     row, info, rows = search.row, search.info, search.rows()
-    seconds = sum(one.get("epoch_seconds", 0) for one in rows)
-    begun = runs.begun(search.folder)
+    took = runs.minutes(rows)
+    begun = options.heads(search.folder / "options.yaml")
     height, width = info.image_size
     sizes = ", ".join(f"{sum(counts):,} {name}" for name, counts in info.counts.items())
     valid = f"{row['valid_acc']:.2f} % of the validation images (balanced {row['valid_balanced_acc']:.2f} %)"
@@ -128,7 +130,7 @@ def _facts(search: Search, costs: Mapping[str, int]) -> list[tuple[str, str]]:
         ("its likeliest child", child),
         ("child", f"{costs['params']:,} parameters, {costs['flops'] / 1e6:,.2f} Mflops (multiply-adds) an image"),
         ("entropy", f"{left} nats of {uniform} (normal and reduction cell)"),
-        ("time", f"{seconds / 60:.1f} minutes" if seconds else "unknown"),
+        ("time", f"{took:.1f} minutes" if took else "unknown"),
         ("begun on", begun[1] if len(begun) > 1 else "unknown"),
     ]
 
@@ -144,7 +146,7 @@ def _unusual(search: Search) -> list[tuple[str, Any, Any]]:
     return [(name, given[name], value) for name, value in usual.items() if given[name] != value and name not in _OWN]
 
 
-def _cells(search: Search, prefix: str) -> dict[str, str]:
+def _cells(search: Search, prefix: str) -> dict[str, Markup]:
     """The genotype's cells as SVG."""
     found = {}
     for place, (kind, nodes, concat) in enumerate(search.genotype.cells()):
@@ -152,7 +154,7 @@ def _cells(search: Search, prefix: str) -> dict[str, str]:
         graph, name = visualize.cell_graph(kind, nodes, concat, shown), charts.CELLS[kind]
         graph.attr(label="")
         content, reason = visualize.drawn(graph, "svg")
-        found[name] = reason or charts.for_page(content.decode(), f"{prefix}-final-{kind}", name)
+        found[name] = escape(reason) or charts.for_page(content.decode(), f"{prefix}-final-{kind}", name)
     return found
 
 
@@ -163,7 +165,7 @@ def _slider(search: Search, stacked: Sequence[torch.Tensor], epochs: Sequence[in
     for place, kind in enumerate(("normal", "reduce")):
         graph = visualize.every_edge(kind, search.opt.space, stacked[place][-1].tolist())
         content, reason = visualize.drawn(graph, "svg")
-        pictures[charts.CELLS[kind]] = reason or charts.for_page(
+        pictures[charts.CELLS[kind]] = escape(reason) or charts.for_page(
             content.decode(), f"{prefix}-{kind}", f"the {charts.CELLS[kind]} of an epoch"
         )
     rows = {row["epoch"]: row for row in search.rows()}
@@ -196,13 +198,13 @@ def _rounded(p: torch.Tensor) -> list[Any]:
     return [[[round(v, 3) for v in edge] for edge in epoch] for epoch in p.tolist()]
 
 
-def _costs(search: Search, costs: Mapping[str, int]) -> list[tuple[str, str, str, str, str]]:
+def _costs(search: Search, costs: Mapping[str, int], wanted: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """measure, of this child, expected, budget, eta."""
     found = []
     for measure in ("params", "flops", "mac", "latency_ms"):
         own = f"{costs[measure]:,}" if measure in costs else "-"
         row = search.row
-        if f"cost_{measure}" in row:
+        if f"cost_{measure}" in row and not any(wanted.values()):  # of the deployment that was searched for
             own = own if measure in costs else cost.show(row[f"child_{measure}"])
             budget = row.get(f"budget_{measure}")
             more = (
@@ -239,43 +241,43 @@ def _classes(search: Search, trained: Trained) -> list[tuple[str, int, float | N
 
 def _samples(search: Search, trained: Trained) -> dict[str, list[dict[str, str]]]:
     """Test images that the child guessed wrong, the surest first, and some that it guessed right."""
-    path, root = trained.folder / "guesses.csv", Path(search.opt.dataset)
-    if not path.is_file() or not root.is_dir():
-        return {}
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = list(csv.DictReader(file))
-    wrong = sorted((r for r in rows if r["class"] != r["guess"]), key=lambda r: -float(r["probability"]))
-    right = [r for r in rows if r["class"] == r["guess"]]
+    root, rows = Path(str(trained.opt.get("dataset"))), []
+    for row in comparison.read_guesses(trained.folder / "guesses.csv"):
+        with suppress(KeyError, TypeError, ValueError):
+            rows.append(_Guess(row["image"], row["class"], row["guess"], float(row["probability"])))
+    wrong = sorted((row for row in rows if row.label != row.guess), key=lambda row: -row.share)
+    right = [row for row in rows if row.label == row.guess]
     random.Random(0).shuffle(right)
-    found = {"wrong, the surest first": wrong[:_SAMPLES], "right, some of them": right[:_SAMPLES]}
-    return {
-        title: shown
-        for title, its in found.items()
-        if (shown := [one for r in its if (one := _sample(search, root, r))])
-    }
+    found: dict[str, list[dict[str, str]]] = {}
+    for title, its in {"wrong, the surest first": wrong, "right, some of them": right}.items():
+        shown = [one for row in its[:_SAMPLES] if (one := _sample(search.info, root, row))]
+        found |= {title: shown} if shown else {}
+    return found
 
 
-def _sample(search: Search, root: Path, row: Mapping[str, str]) -> dict[str, str] | None:
-    info = search.info
-    place = (root / row["image"]).resolve()
-    if not place.is_relative_to(root.resolve()):  # a guesses.csv may say anything
+class _Guess(NamedTuple):
+    """A row of guesses.csv."""
+
+    image: str
+    label: str
+    guess: str
+    share: float
+
+
+def _sample(info: DataInfo, root: Path, row: _Guess) -> dict[str, str] | None:
+    """An image as the network saw it; nothing where it cannot be read or is not of the data set."""
+    if Path(row.image).is_absolute() or ".." in Path(row.image).parts:  # a guesses.csv may say anything
         return None
     height, width = info.image_size
     try:
-        values = pixels.preprocess(place, "L" if info.channels == 1 else "RGB", (width, height), info.white)[
-            0
-        ]  # (C, H, W)
-    except (OSError, ValueError, UnidentifiedImageError):
+        mode = "L" if info.channels == 1 else "RGB"
+        values = pixels.preprocess(root / row.image, mode, (width, height), info.white)[0]  # (C, H, W)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     file = io.BytesIO()
     Image.fromarray(values[0] if info.channels == 1 else values.transpose(1, 2, 0)).save(file, "PNG")
     data = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return {
-        "data": data,
-        "class": row["class"],
-        "guess": row["guess"],
-        "share": f"{100 * float(row['probability']):.0f} %",
-    }
+    return {"data": data, "class": row.label, "guess": row.guess, "share": f"{100 * row.share:.0f} %"}
 
 
 def _compared(found: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -292,6 +294,8 @@ def _compared(found: Mapping[str, Any]) -> dict[str, Any] | None:
 def _commands(search: Search, trained: Sequence[Trained]) -> list[str]:
     script = "main_constraint.py" if search.constrained else "main.py"
     config = search.folder / "options.yaml"
+    base = search.folder.parent
+    lies = [] if base == Path("experiments") else ["--experiments_dir", str(base)]
     again = ["python", script, "--config", str(config), "--name", f"{search.name}_again", "--resume", "False"]
     child = ["python", "retrain.py", "--genotype", search.name, "--dataset", search.opt.dataset]
     for one in trained[:1]:
@@ -305,7 +309,7 @@ def _commands(search: Search, trained: Sequence[Trained]) -> list[str]:
         ]
         child += ["--resume", "False"]
     export = [["python", "export_model.py", "--checkpoint", one.folder.name] for one in trained[:1]]
-    return [shlex.join(command) for command in (again, child, *export)]
+    return [shlex.join(command) for command in (again, [*child, *lies], *([*one, *lies] for one in export))]
 
 
 def _against_cost(searches: Sequence[Search], parts: Sequence[Mapping[str, Any]]) -> str:

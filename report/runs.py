@@ -1,7 +1,9 @@
 """What lies in the folders of runs: searches, children trained of them, comparisons. Nothing is written."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,24 +44,21 @@ class Search:
 
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl up to the checkpoint."""
-        path = self.folder / "metrics.jsonl"
-        return [row for row in utils.read_metrics(path) if row["epoch"] <= self.epoch] if path.exists() else []
+        return [row for row in _rows(self.folder) if row["epoch"] <= self.epoch]
 
     def history(self) -> dict[int, list[Tensor]]:
-        """[alpha_normal, alpha_reduce] of every epoch that is kept: runs of before have those of checkpoints alone."""
+        """[alpha_normal, alpha_reduce] of every epoch that is kept, of runs of before those of checkpoints alone."""
         path = self.folder / "alphas.jsonl"
         found: dict[int, list[Tensor]] = {}
-        if not path.exists():
-            for epoch in checkpoint.epochs(self.folder, "weights"):
+        for row in utils.read_metrics(path) if path.exists() else []:
+            with suppress(KeyError, TypeError, ValueError):
+                pair = [torch.tensor(row[kind], dtype=torch.float32) for kind in ("normal", "reduce")]
+                if all(a.shape == b.shape for a, b in zip(pair, self.alphas, strict=True)):
+                    found[row["epoch"]] = pair
+        for epoch in {*checkpoint.epochs(self.folder, "weights")} - found.keys() - {self.epoch}:
+            with suppress(UserError):  # a damaged one is left out
                 state = checkpoint.load(checkpoint.path_of(self.folder, "weights", epoch))["parts"]["network"]
                 found[epoch] = [state["alpha_normal"], state["alpha_reduce"]]
-        for row in utils.read_metrics(path) if path.exists() else []:
-            try:
-                pair = [torch.tensor(row[kind], dtype=torch.float32) for kind in ("normal", "reduce")]
-            except (KeyError, TypeError, ValueError):
-                continue
-            if all(a.shape == b.shape for a, b in zip(pair, self.alphas, strict=True)):
-                found[row["epoch"]] = pair
         found[self.epoch] = self.alphas
         return {epoch: found[epoch] for epoch in sorted(found) if epoch <= self.epoch}
 
@@ -132,21 +131,42 @@ def listing(base: Path) -> list[Listed]:
     found = []
     for folder in folders(base):
         stem = next((stem for stem in ("weights", "child") if checkpoint.latest(folder, stem)), None)
-        opt, path = options_of(folder), folder / "metrics.jsonl"
-        rows = utils.read_metrics(path) if path.exists() else []
+        opt, rows = options_of(folder), _rows(folder)
         if stem is None or not opt:
             continue
         kind = "training" if stem == "child" else "constrained search" if "eta" in opt else "search"
-        last, minutes = rows[-1] if rows else {}, sum(row.get("epoch_seconds", 0) for row in rows) / 60
-        test = stored(folder / "test.json")
-        names = {"valid_acc": "valid", "child_valid_acc": "child"} if stem == "weights" else {"valid_acc": "valid"}
-        shown = [f"{words} {last[key]:.2f} %" for key, words in names.items() if isinstance(last.get(key), float)]
-        shown += (
-            [f"test {test['acc']:.2f} %, {test['params']:,} parameters"] if {"acc", "params"} <= test.keys() else []
-        )
+        last, test = rows[-1] if rows else {}, _tested(folder)
+        names = {"valid_acc": "valid"} | ({"child_valid_acc": "child"} if stem == "weights" else {})
+        shown = [f"{words} {last[key]:.2f} %" for key, words in names.items() if isinstance(last.get(key), int | float)]
+        shown += [f"test {test['acc']:.2f} %, {test['params']:,} parameters"] if test else []
         epochs = f"{last.get('epoch', 0)}/{opt.get('epochs', '?')}"
-        found.append(Listed(folder.name, kind, epochs, str(opt.get("dataset")), ", ".join(shown), minutes))
+        found.append(Listed(folder.name, kind, epochs, str(opt.get("dataset")), ", ".join(shown), minutes(rows)))
     return found
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return utils.read_metrics(path) if path.exists() else []
+
+
+def minutes(rows: Sequence[Mapping[str, Any]]) -> float:
+    """That epochs took, by their rows of metrics.jsonl."""
+    seconds = [row.get("epoch_seconds") for row in rows]
+    return sum(one for one in seconds if isinstance(one, int | float)) / 60
+
+
+def _tested(folder: Path) -> dict[str, Any]:
+    """test.json, or nothing where it lacks what a report shows."""
+    found = stored(folder / "test.json")
+    try:
+        good = math.isfinite(found["acc"]) and found["params"] >= 0 and found["flops"] >= 0
+        classes = found["per_class_acc"]
+        square = [[int(count) for count in row] for row in found["confusion"]]
+        good = good and len(square) == len(classes) and all(len(row) == len(classes) for row in square)
+        good = good and all(acc is None or math.isfinite(acc) for acc in classes.values())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    return found if good else {}
 
 
 def options_of(folder: Path) -> dict[str, Any]:
@@ -156,15 +176,6 @@ def options_of(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def begun(folder: Path) -> list[str]:
-    """The first lines of options.yaml: the command that runs it again, the machine it began on."""
-    try:
-        lines = (folder / "options.yaml").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    return [line.removeprefix("# ") for line in lines if line.startswith("# ")][:2]
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -186,18 +197,13 @@ class Trained(NamedTuple):
 
 
 def trained_of(search: Search) -> list[Trained]:
-    """The tested trainings of a search's child beside it, the newest first."""
+    """The tested trainings of this very genotype that name the search, the newest first."""
     found = []
     for folder in folders(search.folder.parent):
-        opt, test = options_of(folder), stored(folder / "test.json")
-        if (
-            opt.get("genotype") == search.name
-            and opt.get("network", "cells") == "cells"
-            and {"acc", "params", "flops", "confusion", "per_class_acc"} <= test.keys()
-        ):
-            rows = utils.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-            minutes = sum(row.get("epoch_seconds", 0) for row in rows) / 60
-            found.append(Trained(folder, opt, test, minutes))
+        opt, test = options_of(folder), _tested(folder)
+        named = opt.get("genotype") == search.name and opt.get("network", "cells") == "cells"
+        if named and test and test.get("genotype") == json.loads(search.genotype.to_json()):
+            found.append(Trained(folder, opt, test, minutes(_rows(folder))))
     return sorted(found, key=lambda one: -(one.folder / "test.json").stat().st_mtime)
 
 

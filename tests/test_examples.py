@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import export_model
 import retrain
@@ -66,7 +68,10 @@ def test_a_browser_guesses_what_the_program_beside_the_file_guesses(child: Path,
     page = tmp_path / "page.html"
     done = make(child, page, RUNTIME)
     assert done.returncode == 0, done.stderr
-    images = sorted(tiny.rglob("*.png"))[::6]
+    images = [*sorted(tiny.rglob("*.png"))[::6], tmp_path / "transparent.png"]
+    x, y = np.meshgrid(np.arange(8), np.arange(8))
+    clear = np.stack([30 * x, 30 * y, 20 * (x + y), np.where(x > 3, 255, 0)], -1).astype(np.uint8)
+    Image.fromarray(clear, "RGBA").save(images[-1])
     data = json.dumps([base64.b64encode(path.read_bytes()).decode() for path in images])
     with Heard(("127.0.0.1", 0), Hears) as server:
         server.timeout = 1

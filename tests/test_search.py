@@ -364,3 +364,12 @@ def test_tensorboard_has_probabilities_cells_and_options(arguments: list[str]) -
     before = {*folder.iterdir()}
     main.main([*arguments, "--epochs=2", "--resume=True"])  # nothing is left to do
     assert {*folder.iterdir()} == before
+    (last,) = folder.glob("events.*.end")
+    last.unlink()  # as where the choice after the last epoch was interrupted
+    main.main([*arguments, "--epochs=2", "--resume=True"])
+    assert [*folder.glob("events.*.end")]
+
+
+def test_what_tensorboard_cannot_hold_does_not_fail_a_search(arguments: list[str], tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "byte\udcff").symlink_to(tiny)
+    assert main.main([*arguments, f"--dataset={tmp_path}/byte\udcff", "--epochs=1"]).genotype

@@ -144,7 +144,9 @@ def _opened(
         if world.first and (checkpoint.latest(folder, stem) if opt.resume else None) != newest:
             raise UserError(f"{folder} was written while the data was read; start again")
         overwrite, opt = opt.overwrite, replace(opt, overwrite=False)  # options.yaml does not ask again
-        begin = partial(_begin, folder, opt, data, overwrite)
+        before = options.heads(folder / "options.yaml") if loaded else []
+        where = before[1] if len(before) > 1 else utils.hardware(device)  # it began on
+        begin = partial(_begin, folder, opt, data, overwrite, where)
         epoch = loaded["epoch"] if loaded else 0
         run = Run(opt, stem, folder, device, data, epoch, loaded, world=world, begin=begin)
         try:
@@ -171,14 +173,14 @@ def _opened(
             ) from None
 
 
-def _begin(folder: Path, opt: RunOptions, data: Data, overwrite: bool) -> None:
+def _begin(folder: Path, opt: RunOptions, data: Data, overwrite: bool, where: str) -> None:
     """Write what a run says of itself before its first step; remove an earlier one that it is to take the place of."""
     for path in [*folder.iterdir()] if overwrite else []:
         if path.is_file() and _RESULTS.fullmatch(path.name):
             path.unlink()
     utils.clear(folder, ".*.tmp")  # of a process that was killed while it wrote
     command = shlex.join(["python", Path(sys.argv[0]).name, "--config", str(folder / "options.yaml")])
-    options.save(opt, folder / "options.yaml", f"{command}\n# {utils.hardware()}")
+    options.save(opt, folder / "options.yaml", f"{command}\n# {where}")
     write_split(folder / "split.json", data, opt)
 
 

@@ -70,4 +70,12 @@ def test_it_overwrites_nothing_and_says_what_is_missing(
     for wrong, words in cases.items():
         with pytest.raises(xview.UserError, match=words):
             cut_xview.main([*given, wrong])
-    assert not (tmp_path / "chips").exists()
+    empty = tmp_path / "empty.json"
+    for features, words in (([], "names no land vehicle"), ([feature("14.tif", 18, "1,2,3,4")], "no chip was cut")):
+        empty.write_text(json.dumps({"features": features}))
+        with pytest.raises(xview.UserError, match=words):
+            cut_xview.main([*given, f"--labels={empty}"])
+    empty.write_text(json.dumps({"features": [feature(name, 18, "1,2,3,4") for name in ("12.tif", "12.png")]}))
+    with pytest.raises(xview.UserError, match="two scenes are called 12"):
+        cut_xview.main([*given, f"--labels={empty}"])
+    assert not (tmp_path / "chips").exists() and not [*tmp_path.glob(".chips*")]

@@ -8,6 +8,7 @@ import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from xml.etree import ElementTree
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 from pictures import write_images
 from PIL import Image
 
+import genotypes
 import inspect_model
 import main
 import main_constraint
 import retrain
 import utils
+import visualize
 from options import UserError
 from report import charts, runs
 from training import checkpoint
@@ -145,6 +148,72 @@ def test_names_that_look_like_html_are_words(tmp_path: Path, places: list[str]) 
     assert NASTY not in text and NASTY in " ".join(page.words)
     for path in (tmp_path / "visualizations" / "run").glob("*.svg"):
         ElementTree.fromstring(path.read_text())
+
+
+def test_a_training_of_another_cell_is_not_the_child(searched: list[str], places: list[str], tmp_path: Path) -> None:
+    retrain.main(searched)
+    search = runs.read_search(tmp_path / "experiments", "run")
+    assert [one.folder.name for one in runs.trained_of(search)] == ["again"]
+    path = tmp_path / "experiments" / "again" / "test.json"
+    test = json.loads(path.read_text())
+    test["genotype"] = json.loads(genotypes.random_genotype("snas", Random(3), 1).to_json())
+    path.write_text(json.dumps(test))
+    assert runs.trained_of(search) == [] and "its cell, trained" not in " ".join(page_of(places)[1].words)
+
+
+@pytest.mark.parametrize("name", ["a$_$b", "_first", "x$^", "bell\x07", "byte\udcff"])
+def test_names_of_every_kind_are_drawn(name: str) -> None:
+    for svg in (
+        charts.confusion([[1, 0], [1, 2]], [name, "other"]),
+        charts.curves({name: [{"epoch": 1, "train_loss": 1.0}], "other": [{"epoch": 1, "train_loss": 2.0}]}),
+        charts.against_cost([(name, 1.0, 2.0)], "accuracy", "cost"),
+    ):
+        ElementTree.fromstring(charts.for_file(svg))
+        assert name.strip("_\x07\udcff").replace("$", "")[:1] in svg
+    assert "first" in charts.curves({"_first": [{"epoch": 1, "train_loss": 1.0}], "b": [{"epoch": 1, "train_loss": 2}]})
+
+
+def test_what_is_damaged_beside_a_run_is_left_out(
+    searched: list[str], places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrain.main(searched)
+    folder = tmp_path / "experiments" / "again"
+    whole = (folder / "test.json").read_text()
+    (folder / "guesses.csv").write_text("image,class,guess,probability\nonly\na\0b,c,d,0.5\nx,y,z,much\n")
+    assert "again" in " ".join(page_of(places)[1].words)
+    for wrong in ({"acc": None}, {"confusion": [[1]]}, {"per_class_acc": []}, {"params": "many"}):
+        (folder / "test.json").write_text(json.dumps(json.loads(whole) | wrong))
+        page_of(places)
+        inspect_model.main(places)
+    assert "again: training" in capsys.readouterr().out
+
+
+def test_a_resumed_run_of_before_keeps_the_epochs_of_its_checkpoints(arguments: list[str], tmp_path: Path) -> None:
+    main.main([*arguments, "--epochs=4", "--save_freq=2"])
+    folder = tmp_path / "experiments" / "run"
+    (folder / "alphas.jsonl").unlink()
+    main.main([*arguments, "--epochs=4", "--save_freq=2", "--resume=True"])
+    assert [*runs.read_search(folder.parent, "run").history()] == [2, 4]
+    (folder / "weights_epoch_2.pt").write_bytes(b"damaged")
+    assert [*runs.read_search(folder.parent, "run").history()] == [4]
+
+
+def test_where_graphviz_fails_its_words_stand_in_the_page(
+    arguments: list[str], places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main.main(arguments)
+    monkeypatch.setattr(visualize, "drawn", lambda *_: (b"", "dot failed: <stdin>: no <b>fonts"))
+    assert "dot failed: <stdin>: no <b>fonts" in " ".join(page_of(places)[1].words)
+
+
+def test_a_run_begun_elsewhere_says_where(arguments: list[str], places: list[str], tmp_path: Path) -> None:
+    main.main([*arguments, "--epochs=1"])
+    path = tmp_path / "experiments" / "run" / "options.yaml"
+    first, second = path.read_text().splitlines()[:2]
+    path.write_text(path.read_text().replace(second, "# a machine of before"))
+    main.main([*arguments, "--epochs=1", "--resume=True"])
+    assert path.read_text().startswith(f"{first}\n# a machine of before\n")
+    assert "a machine of before" in " ".join(page_of(places)[1].words)
 
 
 def test_an_image_outside_the_data_is_not_shown(searched: list[str], places: list[str], tmp_path: Path) -> None:
