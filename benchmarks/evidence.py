@@ -48,19 +48,30 @@ RECIPE: dict[str, list[str]] = {
     "moving average of the weights, 0.99": ["--ema_decay=0.99"],
     "40 epochs": ["--epochs=40"],
 }
+
+
+def _of_gap(sampler: str) -> list[str]:
+    return ["--select=0", "--warmup_epochs=0", "--epochs=10", f"--sampler={sampler}"]
+
+
+_BARE = ["--select=0", "--arch_weight_decay=0"]
 # Searches: a word for folders, a line for people, what differs from the preset
 REMEDIES: dict[str, tuple[str, list[str]]] = {
     "taken": ("as the preset: the best of 16 finalists", []),
     "frozen": ("the same, alpha frozen: random search with shared weights", ["--warmup_epochs=19"]),
     "likeliest": ("the likeliest child", ["--select=0"]),
-    "no_decay": ("the likeliest, no decay of alpha", ["--select=0", "--arch_weight_decay=0"]),
+    "no_decay": ("the likeliest, no decay of alpha", _BARE),
+    "exponential": (
+        "straight_through, 10 epochs, temperature from 1 to 0.03 exponentially",
+        [*_of_gap("straight_through"), "--temp_schedule=exponential", "--anneal_rate=0.0056"],
+    ),
+    "per_cell": (
+        "straight_through, 10 epochs, a Z for each cell",
+        [*_of_gap("straight_through"), "--resample_cell=True"],
+    ),
 }
-SAMPLERS = (
-    "concrete",
-    "straight_through",
-    "dsnas",
-    "softmax",
-)  # of the stage gap, whose likeliest children are trained
+SAMPLERS = ("concrete", "truncated", "straight_through", "dsnas", "softmax")  # of the stage gap
+_TRAINED = ("concrete", "straight_through", "softmax")  # those of them whose likeliest children are trained
 _POOL = 8  # random cells that the cells of all these searches are held against
 
 
@@ -129,7 +140,7 @@ def _compared(opt: EvidenceOptions) -> dict[str, Any] | None:
 def _remedies(opt: EvidenceOptions) -> dict[str, Any] | None:
     """Searches of every kind, those of the stage gap too; their cells against a pool of random ones."""
     kinds = {f"remedy_{key}": kind for key, kind in REMEDIES.items()}
-    kinds |= {f"gap_{name}": (f"{name}, 10 epochs, no warm-up, the likeliest", _of_gap(name)) for name in SAMPLERS}
+    kinds |= {f"gap_{name}": (f"{name}, 10 epochs, no warm-up, the likeliest", _of_gap(name)) for name in _TRAINED}
 
     def of_kind(key: str, seed: int) -> list[Job]:
         trained = ["--genotype=" + study.folder(opt, f"{key}_search", seed).name]
@@ -141,11 +152,18 @@ def _remedies(opt: EvidenceOptions) -> dict[str, Any] | None:
         [study.train(opt, "tuning", "pool", seed, [f"--genotype=random:{seed}", f"--match_params={opt.params}"])]
         for seed in range(_POOL)
     ]
+    size, convs = f"--match_params={opt.params}", "--space=convs"
+    rounds += [
+        [study.train(opt, "tuning", "convs", seed, [f"--genotype=random:{seed}", size, convs])]
+        for seed in range(opt.tries)
+    ]
     if not study.work(opt, rounds):
         return None
     cells = [study.result(opt, "pool", seed) for seed in range(_POOL)]
     rows: list[list[Any]] = [["random", len(cells), *_spread(cells), "", "", ""]]
-    runs: dict[str, Any] = {"random": cells}
+    convs_cells = [study.result(opt, "convs", seed) for seed in range(opt.tries)]
+    rows += [["random, --space convs", len(convs_cells), *_spread(convs_cells), "", "", ""]]
+    runs: dict[str, Any] = {"random": cells, "random_convs": convs_cells}
     for key, (words, remedy) in kinds.items():
         found = [study.result(opt, f"{key}_found", seed) for seed in range(opt.tries)]
         searches = [study.searched(opt, f"{key}_search", seed) for seed in range(opt.tries)]
@@ -233,25 +251,26 @@ def _gap(opt: EvidenceOptions) -> dict[str, Any] | None:
     return record.publish("evidence", opt, {"runs": runs}, text, "gap", "evidence")
 
 
-def _of_gap(sampler: str) -> list[str]:
-    return ["--select=0", "--warmup_epochs=0", "--epochs=10", f"--sampler={sampler}"]
-
-
 def _draw_gaps(runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
+    """All samplers, and once more those that lose little."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for place, (name, its) in enumerate(runs.items()):
-        for number, log in enumerate(its):
-            points = [row["child_valid_acc"] - row["valid_acc"] for row in log]
-            label = name.replace("_", " ") if number == 0 else None
-            axes.plot([row["epoch"] for row in log], points, color=f"C{place}", marker="osd^"[place], ms=3, label=label)
-    axes.axhline(0, color="0.4", linewidth=1)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("child less sampled supernet,\npoints of validation accuracy")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=4)
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    for panel, axes in enumerate(figure.subplots(1, 2)):
+        for place, (name, its) in enumerate(runs.items()):
+            if panel and name == "softmax":
+                continue
+            for number, log in enumerate(its):
+                points = [row["child_valid_acc"] - row["valid_acc"] for row in log]
+                label = name.replace("_", " ") if number == panel == 0 else None
+                style = {"color": f"C{place}", "marker": "osd^v"[place], "ms": 3, "linewidth": 1}
+                axes.plot([row["epoch"] for row in log], points, label=label, **style)
+        axes.axhline(0, color="0.4", linewidth=1)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.set_title("without softmax" if panel else "all", fontsize=9)
+    figure.axes[0].set_ylabel("child less sampled supernet,\npoints of validation accuracy")
+    figure.legend(loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
