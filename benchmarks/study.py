@@ -28,6 +28,7 @@ from options.default_option import TrainOptions
 from training.opening import finished
 
 SEARCH, TRAIN = "options/presets/fashion.yaml", "options/presets/retrain_fashion.yaml"
+VARIED = "options/presets/fashion_dsnas.yaml"  # by remedies and gap
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def folder(opt: EvidenceOptions, name: str, seed: int) -> Path:
 
 
 def search(opt: EvidenceOptions, split: str, name: str, seed: int, more: Sequence[str]) -> Job:
-    """A search with the preset of the study and more options."""
-    argv = [f"--config={SEARCH}", *_common(opt, split, name, seed), *opt.search_options, *more]
+    """A search with the preset that is varied and more options."""
+    argv = [f"--config={VARIED}", *_common(opt, split, name, seed), *opt.search_options, *more]
     return Job(plain_search, TrainOptions, argv, "genotype.json")
 
 
