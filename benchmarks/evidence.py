@@ -12,8 +12,8 @@ the first 25,000 training images, and its test images are the data set's own 10,
 25,000, and 10,000 of the rest to be judged on. Of each 5,000, 4,000 are trained on and 1,000 validate, for all alike.
 
 The comparison, fixed before its first run and made of two searches in turn: N = 20 searches, seeds 0 to 19;
-of each the found cell, a random cell with its parameters (5 %), one with its multiply-adds (10 %) too, a plain CNN and a
-ResNet with its parameters; one recipe, one training each. The unit is the search. Primary: found less random, Welch's
+of each the found cell, a random cell with its parameters (5 %), one with its multiply-adds (10 %) too, a plain CNN and
+a ResNet with its parameters; one recipe, one training each. The unit is the search. Primary: found less random, Welch's
 interval; further: permutation p, the percentile of the median found cell among the random ones, the best of k random
 cells in equal time.
 """
