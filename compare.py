@@ -183,15 +183,6 @@ def _groups(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> dict[
     }
 
 
-def minutes_of(folder: Path) -> float:
-    """Of a run: its epochs, and if it is a search its choice among children."""
-    import utils
-
-    seconds = sum(row["epoch_seconds"] for row in utils.read_metrics(folder / "metrics.jsonl"))
-    choice = folder / "selection.json"
-    return (seconds + (json.loads(choice.read_text(encoding="utf-8"))["seconds"] if choice.exists() else 0.0)) / 60
-
-
 def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     """Of a finished training; the minutes are those of its epochs, for a found cell with its search."""
     import torch
@@ -199,6 +190,7 @@ def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     import utils
     from child import source
     from loading.augmentation import symmetries
+    from report import runs
     from training import checkpoint
 
     child = stage.opt
@@ -211,8 +203,8 @@ def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     images = symmetries(torch.zeros(1, data["channels"], *data["image_size"]), child.test_flip)
     with torch.no_grad():
         calls = utils.in_turns({"ms": lambda: 1000 * utils.timed(lambda: [network(x) for x in images])}, 30)["ms"]
-    training = minutes_of(folder)
-    before = minutes_of(base / f"{opt.name}_search_{stage.seed}") if stage.kind == "found" else 0.0
+    training = runs.minutes_of(folder)
+    before = runs.minutes_of(base / f"{opt.name}_search_{stage.seed}") if stage.kind == "found" else 0.0
     kept = ("acc", "balanced_acc", "params", "flops", "test_images", "seed")
     more = {"minutes": training + before, "training": training, "epochs": child.epochs}
     more |= {"latency_ms": statistics.median(calls), "valid_acc": content["metrics"].get("valid_acc")}

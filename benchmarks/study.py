@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-import compare
 import main as plain_search
 import options
 import retrain
@@ -25,6 +24,7 @@ from genotypes import Genotype, free_share
 from options import UserError
 from options.child_option import ChildOptions
 from options.default_option import TrainOptions
+from report import runs
 from training.opening import finished
 
 SEARCH, TRAIN = "options/presets/fashion.yaml", "options/presets/retrain_fashion.yaml"
@@ -153,7 +153,7 @@ def result(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((place / "test.json").read_text(encoding="utf-8"))
     log = utils.read_metrics(place / "metrics.jsonl")
     kept = {key: found[key] for key in ("acc", "loss", "params", "flops", "seed", "genotype")}
-    return kept | {"minutes": compare.minutes_of(place), "valid_acc": log[-1].get("valid_acc"), "epochs": len(log)}
+    return kept | {"minutes": runs.minutes_of(place), "valid_acc": log[-1].get("valid_acc"), "epochs": len(log)}
 
 
 def searched(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
@@ -162,4 +162,4 @@ def searched(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
     genotype = Genotype.from_json((place / "genotype.json").read_text(encoding="utf-8"))
     last = utils.read_metrics(place / "metrics.jsonl")[-1]
     kept = ("valid_acc", "child_valid_acc", "entropy_normal", "entropy_reduce")
-    return {"minutes": compare.minutes_of(place), "free": free_share(genotype)} | {key: last[key] for key in kept}
+    return {"minutes": runs.minutes_of(place), "free": free_share(genotype)} | {key: last[key] for key in kept}

@@ -45,7 +45,7 @@ def write(searches: Sequence[Search], wanted: Mapping[str, Any], folder: Path) -
     """
     files: dict[str, str] = {}
     several = len(searches) > 1
-    figures = {"curves": charts.curves({search.name: search.rows() or [dict(search.row)] for search in searches})}
+    figures = {"curves": charts.curves({search.name: search.rows or [dict(search.row)] for search in searches})}
     parts = [_of_search(number, search, wanted, figures, several) for number, search in enumerate(searches)]
     if several:
         figures["cost"] = _against_cost(searches, parts)
@@ -84,10 +84,9 @@ def _of_search(
         if trained:
             figures["confusion"] = charts.confusion(trained[0].test["confusion"], [*trained[0].test["per_class_acc"]])
         if compared:
-            values = {
-                comparison.NAMES[name]: [run["acc"] for run in its] for name, its in compared["runs"].items() if its
-            }
-            figures["comparison"] = charts.points(values, "test accuracy, %")
+            figures["comparison"] = charts.points(compared["accuracies"], "test accuracy, %")
+    # what is expected and budgeted is of the deployment that was searched for
+    priced = any(name.startswith("cost_") for name in search.row) and not any(wanted.values())
     deployed = cost.Deployed.planned(search.info, runs.deployed(search, wanted))
     costs = deployed.price(search.genotype)
     margins = [sampling.margin(alpha).item() for alpha in search.alphas]
@@ -97,12 +96,11 @@ def _of_search(
         "facts": _facts(search, costs),
         "options": _unusual(search),
         "doubts": doubts(search.genotype, search.opt.layers, search.chosen, *margins),
-        "genotype": search.genotype.cells(),
         "chosen": search.chosen,
         "cells": _cells(search, prefix),
         "slider": None if several else _slider(search, stacked, [*history], prefix),
-        "costs": _costs(search, costs, wanted),
-        "priced": any(name.startswith("cost_") for name in search.row) and not any(wanted.values()),
+        "costs": _costs(search, costs, priced),
+        "priced": priced,
         "deployed": f"C = {deployed.init_channels}, {deployed.layers} cells, {_size(deployed.image_size)}",
         "params": costs["params"],
         "trained": [_of_training(one) for one in trained],
@@ -114,8 +112,7 @@ def _of_search(
 
 
 def _facts(search: Search, costs: Mapping[str, int]) -> list[tuple[str, str]]:
-    row, info, rows = search.row, search.info, search.rows()
-    took = runs.minutes(rows)
+    row, info, took = search.row, search.info, runs.minutes_of(search.folder)
     begun = options.heads(search.folder / "options.yaml")
     height, width = info.image_size
     sizes = ", ".join(f"{sum(counts):,} {name}" for name, counts in info.counts.items())
@@ -168,7 +165,7 @@ def _slider(search: Search, stacked: Sequence[torch.Tensor], epochs: Sequence[in
         pictures[charts.CELLS[kind]] = escape(reason) or charts.for_page(
             content.decode(), f"{prefix}-{kind}", f"the {charts.CELLS[kind]} of an epoch"
         )
-    rows = {row["epoch"]: row for row in search.rows()}
+    rows = {row["epoch"]: row for row in search.rows}
     words = []
     for epoch in epochs:
         row = rows.get(epoch, {})
@@ -198,13 +195,13 @@ def _rounded(p: torch.Tensor) -> list[Any]:
     return [[[round(v, 3) for v in edge] for edge in epoch] for epoch in p.tolist()]
 
 
-def _costs(search: Search, costs: Mapping[str, int], wanted: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def _costs(search: Search, costs: Mapping[str, int], priced: bool) -> list[tuple[str, str, str, str, str]]:
     """measure, of this child, expected, budget, eta."""
     found = []
     for measure in ("params", "flops", "mac", "latency_ms"):
         own = f"{costs[measure]:,}" if measure in costs else "-"
         row = search.row
-        if f"cost_{measure}" in row and not any(wanted.values()):  # of the deployment that was searched for
+        if priced and f"cost_{measure}" in row:
             own = own if measure in costs else cost.show(row[f"child_{measure}"])
             budget = row.get(f"budget_{measure}")
             more = (
@@ -281,14 +278,12 @@ def _sample(info: DataInfo, root: Path, row: _Guess) -> dict[str, str] | None:
 
 
 def _compared(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The table of comparison.json, and its sentence."""
+    """The cells of the table of runs.comparison_of, and its sentence."""
     if not found:
         return None
-    its = {name: rows for name, rows in found["runs"].items() if rows}
-    lines = comparison.table(its).splitlines()
+    lines = found["table"].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
-    verdict = comparison.verdict(its, found["differences"], found.get("against_best_of"))
-    return {"head": cells[0], "rows": cells[1:], "verdict": verdict}
+    return {"head": cells[0], "rows": cells[1:], "verdict": found["verdict"]}
 
 
 def _commands(search: Search, trained: Sequence[Trained]) -> list[str]:

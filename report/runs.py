@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 import genotypes
 import options
 import utils
-from child import cells
+from child import cells, comparison
 from genotypes import Genotype
 from loading.sets import DataInfo
 from options import UserError
@@ -42,6 +43,7 @@ class Search:
         """Of its folder."""
         return self.folder.name
 
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl up to the checkpoint."""
         return [row for row in _rows(self.folder) if row["epoch"] <= self.epoch]
@@ -140,7 +142,7 @@ def listing(base: Path) -> list[Listed]:
         shown = [f"{words} {last[key]:.2f} %" for key, words in names.items() if isinstance(last.get(key), int | float)]
         shown += [f"test {test['acc']:.2f} %, {test['params']:,} parameters"] if test else []
         epochs = f"{last.get('epoch', 0)}/{opt.get('epochs', '?')}"
-        found.append(Listed(folder.name, kind, epochs, str(opt.get("dataset")), ", ".join(shown), minutes(rows)))
+        found.append(Listed(folder.name, kind, epochs, str(opt.get("dataset")), ", ".join(shown), minutes_of(folder)))
     return found
 
 
@@ -149,9 +151,9 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return utils.read_metrics(path) if path.exists() else []
 
 
-def minutes(rows: Sequence[Mapping[str, Any]]) -> float:
-    """That epochs took, by their rows of metrics.jsonl."""
-    seconds = [row.get("epoch_seconds") for row in rows]
+def minutes_of(folder: Path) -> float:
+    """Of a run: its epochs, and if it is a search its choice among children."""
+    seconds = [row.get("epoch_seconds") for row in _rows(folder)] + [stored(folder / "selection.json").get("seconds")]
     return sum(one for one in seconds if isinstance(one, int | float)) / 60
 
 
@@ -203,17 +205,20 @@ def trained_of(search: Search) -> list[Trained]:
         opt, test = options_of(folder), _tested(folder)
         named = opt.get("genotype") == search.name and opt.get("network", "cells") == "cells"
         if named and test and test.get("genotype") == json.loads(search.genotype.to_json()):
-            found.append(Trained(folder, opt, test, minutes(_rows(folder))))
+            found.append(Trained(folder, opt, test, minutes_of(folder)))
     return sorted(found, key=lambda one: -(one.folder / "test.json").stat().st_mtime)
 
 
 def comparison_of(search: Search) -> dict[str, Any]:
-    """comparison.json of a comparison that this search is one of, or nothing."""
+    """comparison.json of a comparison that this search is one of; nothing where there is none, or it is damaged."""
     for folder in folders(search.folder.parent):
         if search.name.startswith(f"{folder.name}_search_"):
             found = stored(folder / "comparison.json")
-            if {"runs", "differences"} <= found.keys():
-                return found
+            with suppress(KeyError, TypeError, ValueError, AttributeError):
+                its = {name: rows for name, rows in found["runs"].items() if rows}
+                verdict = comparison.verdict(its, found["differences"], found.get("against_best_of"))
+                accuracies = {comparison.NAMES[name]: [float(row["acc"]) for row in rows] for name, rows in its.items()}
+                return {"table": comparison.table(its), "verdict": verdict, "accuracies": accuracies}
     return {}
 
 

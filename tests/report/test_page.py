@@ -188,6 +188,29 @@ def test_what_is_damaged_beside_a_run_is_left_out(
     assert "again: training" in capsys.readouterr().out
 
 
+def test_a_comparison_is_shown_and_a_damaged_one_is_not(
+    arguments: list[str], places: list[str], tmp_path: Path
+) -> None:
+    main.main([*arguments, "--name=mine_search_0"])
+    run = {"acc": 50.0, "balanced_acc": 50.0, "params": 1, "flops": 1, "latency_ms": 1.0, "minutes": 1.0}
+    gap = {"difference": 0.0, "low": None, "high": None, "p": None}
+    whole = {"runs": {"found": [run], "plain": [run]}, "differences": {"plain": gap}}
+    place = tmp_path / "experiments" / "mine"
+    place.mkdir()
+    for content, shown in ((whole, True), ({**whole, "runs": {"found": [{}], "other": [1]}}, False), ([], False)):
+        (place / "comparison.json").write_text(json.dumps(content))
+        inspect_model.main([*places, "--experiment=mine_search_0", "--report=True"])
+        page = Page((tmp_path / "visualizations" / "mine_search_0" / "report.html").read_text())
+        assert ("Was it worth it?" in page.words) == shown
+
+
+def test_the_time_of_a_search_has_its_choice_among_children(arguments: list[str], tmp_path: Path) -> None:
+    folder = main.main([*arguments, "--select=2", "--finalists=1", "--finalist_epochs=1"]).folder
+    epochs = sum(row["epoch_seconds"] for row in utils.read_metrics(folder / "metrics.jsonl"))
+    choice = json.loads((folder / "selection.json").read_text())["seconds"]
+    assert choice > 0 and runs.minutes_of(folder) == pytest.approx((epochs + choice) / 60)
+
+
 def test_a_resumed_run_of_before_keeps_the_epochs_of_its_checkpoints(arguments: list[str], tmp_path: Path) -> None:
     main.main([*arguments, "--epochs=4", "--save_freq=2"])
     folder = tmp_path / "experiments" / "run"
