@@ -3,21 +3,23 @@
 Everything is trained with one recipe on one split and tested once; interrupted, the same command goes on.
 """
 
+import hashlib
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import options
 from options import UserError
 from options.child_option import ChildOptions
-from options.compare_option import CONTENDERS, CompareOptions
+from options.compare_option import CONTENDERS, OWN, CompareOptions
 from options.default_option import TrainOptions
 
 _PEERS = 1_000_000  # their seeds are not those of the other random cells
 Rows = dict[str, dict[int, dict[str, Any]]]  # of each contender its figures by seed
+LeftOut = list[tuple[str, int]]  # contender and seed
 
 
 class Unfinished(UserError):
@@ -47,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = Path(opt.experiments_dir) / opt.name
     stages = [*_stages(opt, {})]  # what is wrong with the options is said before the first search, not after it
     utils.writable(folder, "experiments_dir")
-    found, left_out = _train(opt, stages)
+    recipes = _recipes(opt, stages)
+    found, left_out = _others(opt, recipes)
+    _train(opt, stages, found, left_out)
     rows = {name: [its[seed] for seed in sorted(its)] for name, its in found.items()}
     lacking = sum(opt.n - len(its) for its in rows.values()) - len(left_out)
     if lacking:
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps, best)}"
     if groups:
         text += f"\n\n{comparison.verdict_over_groups(groups)}"
-    result = {"setting": options.to_dict(opt), "commit": utils.commit(12), "processor": utils.processor(), "runs": rows}
+    result = {"setting": options.to_dict(opt), "recipes": recipes, "runs": rows}
     utils.write_atomic(folder / "comparison.json", json.dumps(result | more, indent=1) + "\n")
     utils.write_atomic(folder / "comparison.md", text + "\n")
     comparison.draw(rows, folder / "comparison.png")
@@ -69,12 +73,50 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return result | more
 
 
-def _train(opt: CompareOptions, stages: Sequence[Stage]) -> tuple[Rows, list[str]]:
-    """Run what is missing of this part; the figures of all that is finished, and the names of what cannot be had."""
+def _recipes(opt: CompareOptions, stages: Sequence[Stage]) -> dict[str, Any]:
+    """What all rounds have alike: the options of a search and of a training, and which images --split has where."""
+    from training.opening import FREE
+
+    def of(run: Any) -> dict[str, Any]:
+        return {name: value for name, value in options.to_dict(run).items() if name not in OWN | FREE}
+
+    split = hashlib.sha256(Path(opt.split).read_bytes()).hexdigest() if opt.split else None
+    found = {"search": of(stages[0].opt), "training": of(stages[1].opt), "split": split}
+    plain: dict[str, Any] = json.loads(json.dumps(found))  # as it is in a file
+    return plain
+
+
+def _others(opt: CompareOptions, recipes: Mapping[str, Any]) -> tuple[Rows, LeftOut]:
+    """The whole rounds of --others, and what could not be had in them."""
     found: Rows = {name: {} for name in CONTENDERS if name in opt.contenders}
+    left_out: LeftOut = []
+    for path in opt.others:
+        try:
+            other = json.loads(Path(path).read_text(encoding="utf-8"))
+            theirs: dict[str, Any] = other["recipes"]
+            rows = {name: {int(row["seed"]): row for row in other["runs"].get(name, [])} for name in found}
+            lacking = {(str(name), int(seed)) for name, seed in other["left_out"]}
+            differ = [name for name in recipes if theirs.get(name) != recipes[name]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--others {path} is no comparison.json of this program") from None
+        if differ:
+            raise UserError(f"--others {path} is of another comparison: {', '.join(differ)} there are not those here")
+        for seed in rows["found"]:
+            if seed < opt.n and all(seed in its or (name, seed) in lacking for name, its in rows.items()):
+                for name in found:
+                    found[name] |= {seed: rows[name][seed]} if seed in rows[name] else {}
+                left_out += [pair for pair in lacking if pair[1] == seed]
+    return found, left_out
+
+
+def _train(opt: CompareOptions, stages: Sequence[Stage], found: Rows, left_out: LeftOut) -> None:
+    """Run what is missing of this part; adds the figures of all that is finished, and what cannot be had."""
+    elsewhere = {*found["found"]}
     seconds: dict[str, list[float]] = {}  # of what ran now, by kind
-    start, late, left_out = time.monotonic(), False, []
+    start, late = time.monotonic(), False
     for number, stage in enumerate(_stages(opt, found)):
+        if stage.seed in elsewhere:
+            continue
         if not stage.done():
             late = late or (opt.minutes is not None and time.monotonic() - start > 60 * opt.minutes)
             if late or stage.seed not in opt.seeds():
@@ -88,7 +130,7 @@ def _train(opt: CompareOptions, stages: Sequence[Stage]) -> tuple[Rows, list[str
                 if not str(error).startswith("--match_params"):
                     raise
                 print(f"note: {stage.opt.name} is left out: {error}")
-                left_out.append(stage.opt.name)
+                left_out.append((stage.kind, stage.seed))
                 continue
             seconds.setdefault(stage.kind, []).append(time.monotonic() - began)
         if stage.kind != "search":
@@ -98,7 +140,6 @@ def _train(opt: CompareOptions, stages: Sequence[Stage]) -> tuple[Rows, list[str
     for stage in _stages(opt, found) if len(opt.seeds()) < opt.n else ():  # of others, which ended meanwhile
         if stage.kind != "search" and stage.seed not in found[stage.kind] and stage.done():
             found[stage.kind][stage.seed] = _figures(stage, opt)
-    return found, left_out
 
 
 def _stages(opt: CompareOptions, rows: Rows) -> Iterator[Stage]:
@@ -166,17 +207,16 @@ def _groups(opt: CompareOptions, rows: dict[str, list[dict[str, Any]]]) -> dict[
     from child import comparison
 
     base = Path(opt.experiments_dir)
-    seed = rows["found"][0]["seed"]
-    pattern = json.loads((base / f"{opt.name}_found_{seed}" / "split.json").read_text(encoding="utf-8"))[
-        "group_pattern"
-    ]
+    places = [base / f"{opt.name}_found_{row['seed']}" / "split.json" for row in rows["found"]]
+    here = next((path for path in places if path.exists()), None)
+    pattern = json.loads(here.read_text(encoding="utf-8"))["group_pattern"] if here else None
     if pattern is None:
         return {}
     files = {
         name: [base / f"{opt.name}_{name}_{row['seed']}" / "guesses.csv" for row in its] for name, its in rows.items()
     }
     if not all(path.exists() for its in files.values() for path in its):
-        print("note: trainings of an earlier version have no guesses.csv: no intervals over groups")
+        print("note: trainings of --others or of an earlier version have no guesses.csv: no intervals over groups")
         return {}
     return {
         name: comparison.over_groups(files["found"], its, pattern) for name, its in files.items() if name != "found"
@@ -204,10 +244,12 @@ def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     with torch.no_grad():
         calls = utils.in_turns({"ms": lambda: 1000 * utils.timed(lambda: [network(x) for x in images])}, 30)["ms"]
     training = runs.minutes_of(folder)
-    before = runs.minutes_of(base / f"{opt.name}_search_{stage.seed}") if stage.kind == "found" else 0.0
+    search = runs.searched(base / f"{opt.name}_search_{stage.seed}") if stage.kind == "found" else {}
+    before = search.get("minutes", 0.0)
     kept = ("acc", "balanced_acc", "params", "flops", "test_images", "seed")
     more = {"minutes": training + before, "training": training, "epochs": child.epochs}
     more |= {"latency_ms": statistics.median(calls), "valid_acc": content["metrics"].get("valid_acc")}
+    more |= {"processor": utils.processor()} | ({"search": search} if search else {})
     return {name: figures[name] for name in kept} | more
 
 

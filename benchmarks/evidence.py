@@ -15,7 +15,8 @@ The comparison, fixed before its first run and made of two searches in turn: N =
 of each the found cell, a random cell with its parameters (5 %), one with its multiply-adds (10 %) too, a plain CNN and
 a ResNet with its parameters; one recipe, one training each. The unit is the search. Primary: found less random, Welch's
 interval; further: permutation p, the percentile of the median found cell among the random ones, the best of k random
-cells in equal time.
+cells in equal time. On another machine it goes on where EXPERIMENTS/evidence_compare/comparison.json lies as
+OUT/evidence/compare_so_far.json.
 """
 
 import json
@@ -35,6 +36,7 @@ from child import comparison
 from genotypes import Genotype
 from options import UserError
 from options.default_option import TrainOptions
+from report.runs import searched
 from training import selection
 from utils import read_metrics
 
@@ -129,6 +131,8 @@ def _compared(opt: EvidenceOptions) -> dict[str, Any] | None:
     argv += [f"--retrain_config={TRAIN}", f"--retrain_options={json.dumps([data, *opt.retrain_options])}"]
     argv += [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
     argv += [f"--minutes={opt.minutes}"] if opt.minutes else []
+    before = Path(opt.out) / "evidence" / "compare_so_far.json"  # rounds of other machines
+    argv += [f"--others=[{before}]"] if before.exists() else []
     try:
         result = compare.main(argv)
     except compare.Unfinished:
@@ -167,7 +171,7 @@ def _remedies(opt: EvidenceOptions) -> dict[str, Any] | None:
     runs: dict[str, Any] = {"random": cells, "random_convs": convs_cells}
     for key, (words, remedy) in kinds.items():
         found = [study.result(opt, f"{key}_found", seed) for seed in range(opt.tries)]
-        searches = [study.searched(opt, f"{key}_search", seed) for seed in range(opt.tries)]
+        searches = [searched(study.folder(opt, f"{key}_search", seed)) for seed in range(opt.tries)]
         gap = comparison.difference([run["acc"] for run in found], [run["acc"] for run in cells])
         interval = "one run" if gap["low"] is None else f"{gap['low']:+.2f} to {gap['high']:+.2f}"
         minutes, free = (statistics.mean(run[figure] for run in searches) for figure in ("minutes", "free"))
@@ -202,7 +206,7 @@ def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
         "percentile_of_median": float(percentileofscore(cells, statistics.median(found))),
         "relative_improvement": 100 * (statistics.mean(found) / statistics.mean(cells) - 1),
     }
-    searches = [study.searched(opt, "compare_search", seed) for seed in range(opt.n)]
+    searches = [row["search"] for row in runs["found"]]
     gaps = [run["child_valid_acc"] - run["valid_acc"] for run in searches]
     text = (
         f"{comparison.table(runs)}\n\n{comparison.verdict(runs, result['differences'], result['against_best_of'])}\n\n"
@@ -213,7 +217,7 @@ def _compare(opt: EvidenceOptions) -> dict[str, Any] | None:
         "![test accuracy of every run](evidence/compare.png)"
     )
     comparison.draw(runs, _picture(opt, "compare"))
-    more = {"runs": runs, "searches": searches, "derivation_gaps": gaps, "analysis": analysis}
+    more = {"recipes": result["recipes"], "runs": runs, "derivation_gaps": gaps, "analysis": analysis}
     kept = {name: result[name] for name in ("differences", "against_best_of")}
     return record.publish("evidence", opt, more | kept, text, "compare", "evidence")
 

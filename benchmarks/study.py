@@ -20,7 +20,6 @@ import retrain
 import utils
 from benchmarks import runner
 from benchmarks.record import Recorded
-from genotypes import Genotype, free_share
 from options import UserError
 from options.child_option import ChildOptions
 from options.default_option import TrainOptions
@@ -154,12 +153,3 @@ def result(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
     log = utils.read_metrics(place / "metrics.jsonl")
     kept = {key: found[key] for key in ("acc", "loss", "params", "flops", "seed", "genotype")}
     return kept | {"minutes": runs.minutes_of(place), "valid_acc": log[-1].get("valid_acc"), "epochs": len(log)}
-
-
-def searched(opt: EvidenceOptions, name: str, seed: int) -> dict[str, Any]:
-    """Of a finished search: minutes, share of free operations, and its last row."""
-    place = folder(opt, name, seed)
-    genotype = Genotype.from_json((place / "genotype.json").read_text(encoding="utf-8"))
-    last = utils.read_metrics(place / "metrics.jsonl")[-1]
-    kept = ("valid_acc", "child_valid_acc", "entropy_normal", "entropy_reduce")
-    return {"minutes": runs.minutes_of(place), "free": free_share(genotype)} | {key: last[key] for key in kept}

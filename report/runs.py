@@ -157,6 +157,14 @@ def minutes_of(folder: Path) -> float:
     return sum(one for one in seconds if isinstance(one, int | float)) / 60
 
 
+def searched(folder: Path) -> dict[str, Any]:
+    """Of a finished search: minutes, share of the operations that learn nothing, what its last row has."""
+    genotype, last = cells.read_genotype(folder / "genotype.json"), _rows(folder)[-1]
+    kept = ("valid_acc", "child_valid_acc", "entropy_normal", "entropy_reduce")
+    found = {"minutes": minutes_of(folder), "free": genotypes.free_share(genotype)}
+    return found | {name: last[name] for name in kept if name in last}
+
+
 def _tested(folder: Path) -> dict[str, Any]:
     """test.json, or nothing where it lacks what a report shows."""
     found = stored(folder / "test.json")

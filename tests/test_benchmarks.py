@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,11 @@ def test_every_stage_of_the_study_writes_its_part(
     capsys.readouterr()
     evidence.main([*given, "--stage=compare"])
     assert "epoch   1" not in capsys.readouterr().out  # nothing is run twice
+    carried = tmp_path / "docs" / "evidence" / "compare_so_far.json"
+    shutil.copy(tmp_path / "experiments" / "evidence_compare" / "comparison.json", carried)
+    again = evidence.main([*given, "--stage=compare", f"--experiments_dir={tmp_path}/new"])
+    assert again is not None and again["runs"] == json.loads(carried.read_text())["runs"]
+    assert not list((tmp_path / "new").glob("*_search_*"))  # every round is carried over
     with pytest.raises(UserError, match="--part foo is none of 1/2"):
         evidence.main([*given, "--stage=gap", "--part=foo"])
     with pytest.raises(UserError, match=r"has no train-images-idx3-ubyte\.gz; apt-get install dataset-fashion-mnist"):

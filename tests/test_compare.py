@@ -80,6 +80,46 @@ def test_two_processes_share_the_work_of_one_comparison(given: list[str], tmp_pa
         assert abs(random["flops"] / found["flops"] - 1) <= 0.1 and abs(random["params"] / found["params"] - 1) <= 0.05
 
 
+def test_rounds_of_another_machine_count_and_are_not_run_again(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*given, "--contenders=[found,random]"]
+    compare.main([*given, "--n=1", "--name=first"])
+    split = shutil.copy(tmp_path / "experiments" / "first_search_0" / "split.json", tmp_path / "split.json")
+    given += [f"--split={split}"]
+    there = [*given, f"--experiments_dir={tmp_path}/there"]
+    compare.main([*there, "--n=1"])
+    other = tmp_path / "there" / "compare" / "comparison.json"
+    result = compare.main([*given, f"--others=[{other}]"])
+    experiments = tmp_path / "experiments"
+    assert not list(experiments.glob("compare_*_0")) and (experiments / "compare_found_1").is_dir()
+    assert [row["seed"] for row in result["runs"]["random"]] == [0, 1]
+    told = json.loads(other.read_text())
+    assert result["runs"]["found"][0] == told["runs"]["found"][0]
+    assert 0 <= result["runs"]["found"][0]["search"]["free"] <= 100
+    shutil.copy(experiments / "compare" / "comparison.json", tmp_path / "both.json")
+    capsys.readouterr()
+    moved = [*given, f"--experiments_dir={tmp_path}/third", f"--others=[{tmp_path}/both.json]"]
+    assert compare.main(moved)["runs"] == result["runs"]  # all of it was made elsewhere
+    assert "are not done yet" not in capsys.readouterr().out
+
+    half = tmp_path / "half.json"
+    half.write_text(json.dumps(told | {"runs": {"found": told["runs"]["found"]}}))
+    random = compare.main([*given, "--name=whole", "--n=1", f"--others=[{half}]"])["runs"]["random"]
+    assert [row["seed"] for row in random] == [0]  # a round that is not whole is run here
+    half.write_text(json.dumps(told | {"runs": {"found": told["runs"]["found"]}, "left_out": [["random", 0]]}))
+    with pytest.raises(UserError, match="not every contender"):
+        compare.main([*given, "--name=none", "--n=1", f"--others=[{half}]"])
+    for name in ("search", "training", "split"):
+        half.write_text(json.dumps(told | {"recipes": told["recipes"] | {name: {"epochs": 7}}}))
+        with pytest.raises(UserError, match=f"is of another comparison: {name} there"):
+            compare.main([*given, f"--others=[{half}]"])
+    for text in ("{", "[1]", "{}", '{"runs": 3, "recipes": {}, "left_out": []}', '{"recipes": 5, "left_out": [[1]]}'):
+        half.write_text(text)
+        with pytest.raises(UserError, match=r"half.json is no comparison.json"):
+            compare.main([*given, f"--others=[{half}]"])
+
+
 def test_other_images_under_the_same_name_are_refused(given: list[str], tiny: Path, tmp_path: Path) -> None:
     compare.main([*given, "--n=1", "--contenders=[found,plain]"])
     shutil.copytree(tiny, tmp_path / "other")
@@ -120,6 +160,7 @@ def test_random_cells_are_of_the_space_that_is_searched(given: list[str], tmp_pa
         "--part=2/1",
         "--part=1/2",
         "--part=4/4",
+        "--others=[a.json]",
         "--split=new",
         "--split=nope.json",
         "--search_config=nope.yaml",
