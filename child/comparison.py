@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from math import comb
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import t
 
 from loading import splits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NAMES = {
     "found": "found cell",
@@ -218,19 +221,23 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def dots(axes: "Axes", groups: Mapping[str, Sequence[float]], label: str, colours: Sequence[str]) -> None:
+    """The values of each group as points, and their mean as a line."""
+    for place, values in enumerate(groups.values()):
+        spread = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)
+        colour = colours[place % len(colours)]
+        axes.scatter(place + spread, values, s=12, color=colour, zorder=3)
+        axes.hlines(statistics.mean(values), place - 0.3, place + 0.3, color=colour)
+    axes.set_xticks(range(len(groups)), [f"{fill(name, 14)}\nn = {len(its)}" for name, its in groups.items()])
+    axes.set_ylabel(label)
+    axes.grid(axis="y", alpha=0.3, linewidth=0.5)
+
+
 def draw(rows: Rows, path: Path) -> None:
     """Every run's test accuracy, and the mean of each contender, as a picture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    shown = [name for name, its in rows.items() if its]
-    for place, name in enumerate(shown):
-        values = [row["acc"] for row in rows[name]]
-        offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
-        axes.scatter(offsets + place, values, color=f"C{place}", zorder=3)
-        axes.hlines(statistics.mean(values), place - 0.25, place + 0.25, color=f"C{place}", linewidth=2)
-    axes.set_xticks(range(len(shown)), [f"{fill(NAMES[name], 14)}\nn = {len(rows[name])}" for name in shown])
-    axes.set_ylabel("test accuracy, %")
-    axes.grid(axis="y", alpha=0.3)
+    groups = {NAMES[name]: [row["acc"] for row in its] for name, its in rows.items() if its}
+    dots(figure.add_subplot(), groups, "test accuracy, %", [f"C{number}" for number in range(10)])
     figure.savefig(path, dpi=150)

@@ -4,12 +4,12 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup, escape
 
+from child import comparison
 from genotypes import edge_list, num_nodes
 
 if TYPE_CHECKING:
@@ -188,17 +188,7 @@ def confusion(table: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
 def points(groups: Mapping[str, Sequence[float]], label: str) -> str:
     """Values of each group as points, and their mean as a line."""
     with _figure(6, 2.6) as figure:
-        axes = figure.add_subplot()
-        for place, values in enumerate(groups.values()):
-            spread = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)
-            colour = _MARKS[place % len(_MARKS)]
-            axes.scatter(place + spread, values, s=9, color=colour)
-            axes.hlines(float(np.mean(values)), place - 0.3, place + 0.3, color=colour)
-        axes.set_xticks(
-            range(len(groups)), [f"{fill(name, 14)}\nn = {len(values)}" for name, values in groups.items()], fontsize=7
-        )
-        axes.set_ylabel(label)
-        axes.grid(axis="y", alpha=0.2, linewidth=0.5)
+        comparison.dots(figure.add_subplot(), groups, label, _MARKS)
         return _svg(figure)
 
 
