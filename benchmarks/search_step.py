@@ -12,6 +12,7 @@ A step is forward, backward, both gradient clips, SGD for theta and Adam for alp
     plain      the same without the fused CPU kernels
     bf16       the same with --precision bf16
     compiled   the same with --compile True, without the fused CPU kernels; minutes before the first step
+    denormals  the same as ours, but numbers below 1e-38 are computed with, as PyTorch does where nothing is said
 
 --external FILE names a Python file that defines
 
@@ -29,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,7 +46,7 @@ from model_search import Network
 from options import UserError
 from training import loop
 
-Name = Literal["textbook", "ours", "recompute", "plain", "bf16", "compiled"]
+Name = Literal["textbook", "ours", "recompute", "plain", "bf16", "compiled", "denormals"]
 Contender = tuple[Callable[[Tensor], Tensor], list[nn.Parameter], list[nn.Parameter]]  # forward, thetas, alphas
 
 
@@ -65,6 +66,8 @@ class StepOptions(Rounds):
     """Images."""
     image_size: PositiveInt = 32
     """Side in pixels."""
+    temperature: PositiveFloat = 1.0
+    """Of the samples; at one of 0.06 most weights are next to nothing."""
     device: str = "auto"
     """As for main.py."""
     alone: str | None = None
@@ -74,6 +77,8 @@ class StepOptions(Rounds):
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
     opt = record.parse(StepOptions, argv, "search_step", __doc__)
+    if opt.alone not in ("textbook", "external", "denormals"):
+        utils.flush_denormals()
     device = utils.pick_device(opt.device)
     if opt.alone:
         name = opt.alone
@@ -90,12 +95,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "pairs": {name: _in_turns(opt, names[0], name) for name in names[1:]},
     }
     text = _text(opt, names[0], figures)
-    return record.publish("search_step", opt, figures, text, record.on_this("search_step"))
+    name = "search_step" if opt.temperature == 1 else "search_step_cold"
+    return record.publish("search_step", opt, figures, text, record.on_this(name))
 
 
 def start(opt: StepOptions, name: str) -> runner.Worker:
     """A contender in a process of its own."""
-    values = {key: getattr(opt, key) for key in ("init_channels", "layers", "batch_size", "image_size", "device")}
+    shared = ("init_channels", "layers", "batch_size", "image_size", "temperature", "device")
+    values = {key: getattr(opt, key) for key in shared}
     external = {"external": opt.external} if opt.external else {}
     return runner.Worker("benchmarks.search_step", {"alone": name} | values | external)
 
@@ -117,7 +124,7 @@ def make_contender(opt: StepOptions, name: str, device: torch.device) -> Contend
         textbook = Textbook(opt.init_channels, 10, opt.layers).to(device)
         alphas = [nn.Parameter(1e-3 * torch.randn(14, 8, device=device)) for _ in range(2)]
         return (
-            lambda images: textbook(images, *(sampling.concrete_sample(a, 1.0) for a in alphas)),
+            lambda images: textbook(images, *(sampling.concrete_sample(a, opt.temperature) for a in alphas)),
             list(textbook.parameters()),
             alphas,
         )
@@ -127,7 +134,7 @@ def make_contender(opt: StepOptions, name: str, device: torch.device) -> Contend
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
-            logits: Tensor = network(images, network.sample(1.0))
+            logits: Tensor = network(images, network.sample(opt.temperature))
         return logits.float()
 
     return forward, network.thetas(), network.alphas()
@@ -240,7 +247,8 @@ def _text(opt: StepOptions, first: str, figures: dict[str, Any]) -> str:
     second += ["arithmetic alone", "memory alone", "best time / the larger"]
     return (
         f"One search step, C = {opt.init_channels}, {opt.layers} cells, batch {opt.batch_size}, {opt.image_size}x"
-        f"{opt.image_size}, float32; n = {opt.rounds} steps in turns with {first}, median (lowest to highest).\n\n"
+        f"{opt.image_size}, float32, temperature {opt.temperature:g}; n = {opt.rounds} steps in turns with {first}, "
+        "median (lowest to highest).\n\n"
         f"{record.table(head, speed)}\n\n"
         f"Against the limits of the machine, which copies {bandwidth / 1e9:.0f} GB/s and does "
         f"{matmul / 1e9:.0f} G multiply-adds a second in a matrix product:\n\n{record.table(second, limits)}"

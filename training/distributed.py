@@ -119,6 +119,7 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     Args:
         device: of --device; on a machine with several GPUs each process takes its own.
     """
+    utils.flush_denormals()
     size, rank = count(), int(os.environ.get("RANK", "0"))
     if size == 1:
         yield ALONE, utils.pick_device(device)

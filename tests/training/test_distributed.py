@@ -29,6 +29,19 @@ IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 TARGETS = torch.arange(8) % 3
 
 
+def test_numbers_next_to_nothing_are_none_in_a_run() -> None:
+    """They come with weights of Z at low temperatures, and computing with them takes many times as long."""
+    before = torch.tensor(1e-30).mul(1e-9).item() == 0
+    if not torch.set_flush_denormal(before):
+        pytest.skip("this processor cannot leave them out")
+    try:
+        with distributed.joined("cpu"):
+            assert torch.full((1_000_000,), 1e-30).mul(1e-9).count_nonzero() == 0  # on all threads
+            assert torch.full((64,), 2e-38).sum() > 0
+    finally:
+        torch.set_flush_denormal(before)
+
+
 def learner_of(world: World, sampler: str) -> tuple[search.Learner, Any]:
     """A supernet, its optimizers and the Z of a process."""
     torch.manual_seed(0)
