@@ -7,7 +7,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from options.default_option import TrainOptions
 
 _PEERS = 1_000_000  # their seeds are not those of the other random cells
 Rows = dict[str, dict[int, dict[str, Any]]]  # of each contender its figures by seed
-LeftOut = list[tuple[str, int]]  # contender and seed
+LeftOut = set[tuple[str, int]]  # contender and seed
 
 
 class Unfinished(UserError):
@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = Path(opt.experiments_dir) / opt.name
     stages = [*_stages(opt, {})]  # what is wrong with the options is said before the first search, not after it
     utils.writable(folder, "experiments_dir")
-    recipes = _recipes(opt, stages)
-    found, left_out = _others(opt, recipes)
+    found, left_out = _others(opt, stages)
     _train(opt, stages, found, left_out)
     rows = {name: [its[seed] for seed in sorted(its)] for name, its in found.items()}
     lacking = sum(opt.n - len(its) for its in rows.values()) - len(left_out)
@@ -62,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise Unfinished("not every contender has been trained yet; give more --minutes")
     gaps = comparison.compare(rows)
     best, groups = comparison.against_best_of(rows), _groups(opt, rows)
-    more = {"differences": gaps, "against_best_of": best, "over_groups": groups, "left_out": left_out}
+    more = {"differences": gaps, "against_best_of": best, "over_groups": groups, "left_out": sorted(left_out)}
     text = f"{comparison.table(rows)}\n\n{comparison.verdict(rows, gaps, best)}"
+    if len({row["machine"] for its in rows.values() for row in its}) > 1:
+        text += "\n\nThe runs are of several machines or versions, and so are minutes and milliseconds."
     if groups:
         text += f"\n\n{comparison.verdict_over_groups(groups)}"
-    result = {"setting": options.to_dict(opt), "recipes": recipes, "runs": rows}
+    result = {"setting": options.to_dict(opt), "recipes": _recipes(opt, stages), "runs": rows}
     utils.write_atomic(folder / "comparison.json", json.dumps(result | more, indent=1) + "\n")
     utils.write_atomic(folder / "comparison.md", text + "\n")
     comparison.draw(rows, folder / "comparison.png")
@@ -75,38 +76,51 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _recipes(opt: CompareOptions, stages: Sequence[Stage]) -> dict[str, Any]:
-    """What all rounds have alike: the options of a search and of a training, and which images --split has where."""
+    """What all rounds have alike: the options of a search and of a training, and which images are in which part."""
     from training.opening import FREE
 
     def of(run: Any) -> dict[str, Any]:
         return {name: value for name, value in options.to_dict(run).items() if name not in OWN | FREE}
 
-    split = hashlib.sha256(Path(opt.split).read_bytes()).hexdigest() if opt.split else None
-    found = {"search": of(stages[0].opt), "training": of(stages[1].opt), "split": split}
+    found = {"search": of(stages[0].opt), "training": of(stages[1].opt), "split": None}
+    drawn = _split(opt)
+    if drawn.is_file():
+        parts = json.loads(drawn.read_text(encoding="utf-8"))
+        named = json.dumps([sorted(parts.get(part, [])) for part in ("train", "valid", "test")])
+        found["split"] = hashlib.sha256(named.encode()).hexdigest()
     plain: dict[str, Any] = json.loads(json.dumps(found))  # as it is in a file
     return plain
 
 
-def _others(opt: CompareOptions, recipes: Mapping[str, Any]) -> tuple[Rows, LeftOut]:
-    """The whole rounds of --others, and what could not be had in them."""
+def _split(opt: CompareOptions) -> Path:
+    """The split.json of all runs."""
+    return Path(opt.split or Path(opt.experiments_dir) / f"{opt.name}_search_0" / "split.json")
+
+
+def _others(opt: CompareOptions, stages: Sequence[Stage]) -> tuple[Rows, LeftOut]:
+    """The whole rounds of --others but those that are begun here, and what could not be had in them."""
+    from child import comparison
+
     found: Rows = {name: {} for name in CONTENDERS if name in opt.contenders}
-    left_out: LeftOut = []
+    left_out: LeftOut = set()
+    recipes = _recipes(opt, stages) if opt.others else {}
+    usual = {"search": options.to_dict(TrainOptions()), "training": options.to_dict(ChildOptions())}
     for path in opt.others:
-        try:
-            other = json.loads(Path(path).read_text(encoding="utf-8"))
-            theirs: dict[str, Any] = other["recipes"]
-            rows = {name: {int(row["seed"]): row for row in other["runs"].get(name, [])} for name in found}
-            lacking = {(str(name), int(seed)) for name, seed in other["left_out"]}
-            differ = [name for name in recipes if theirs.get(name) != recipes[name]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--others {path} is no comparison.json of this program") from None
-        if differ:
-            raise UserError(f"--others {path} is of another comparison: {', '.join(differ)} there are not those here")
-        for seed in rows["found"]:
-            if seed < opt.n and all(seed in its or (name, seed) in lacking for name, its in rows.items()):
-                for name in found:
-                    found[name] |= {seed: rows[name][seed]} if seed in rows[name] else {}
-                left_out += [pair for pair in lacking if pair[1] == seed]
+        rounds, lacking, theirs = comparison.read_rounds(Path(path), [*found])
+        for kind, default in usual.items():  # an option that was not there yet had its default
+            for name, value in recipes[kind].items():
+                if theirs[kind].get(name, default[name]) != value:
+                    there = theirs[kind].get(name, default[name])
+                    raise UserError(f"--others {path}: --{name} of its {kind} is {there} there, {value} here")
+        if theirs["split"] != recipes["split"]:
+            raise UserError(f"--others {path}: its runs had another split of the images than --split {opt.split}")
+        here = {seed for seed in rounds if (Path(opt.experiments_dir) / f"{opt.name}_found_{seed}").exists()}
+        taken = [seed for seed in rounds if 0 <= seed < opt.n and seed not in here and seed not in found["found"]]
+        for seed in taken:
+            for name, row in rounds[seed].items():
+                found[name][seed] = row
+            left_out |= {pair for pair in lacking if pair[1] == seed}
+        print(f"others   {len(taken)} rounds of {path}")
     return found, left_out
 
 
@@ -122,7 +136,8 @@ def _train(opt: CompareOptions, stages: Sequence[Stage], found: Rows, left_out: 
             late = late or (opt.minutes is not None and time.monotonic() - start > 60 * opt.minutes)
             if late or stage.seed not in opt.seeds():
                 continue
-            left = _left([other.kind for other in stages[number:] if other.seed in opt.seeds()], seconds)
+            own = {*opt.seeds()} - elsewhere
+            left = _left([other.kind for other in stages[number:] if other.seed in own], seconds)
             print(f"--- {number + 1} of {len(stages)}: {stage.opt.name}{left}", flush=True)
             began = time.monotonic()
             try:
@@ -131,7 +146,7 @@ def _train(opt: CompareOptions, stages: Sequence[Stage], found: Rows, left_out: 
                 if not str(error).startswith("--match_params"):
                     raise
                 print(f"note: {stage.opt.name} is left out: {error}")
-                left_out.append((stage.kind, stage.seed))
+                left_out.add((stage.kind, stage.seed))
                 continue
             seconds.setdefault(stage.kind, []).append(time.monotonic() - began)
         if stage.kind != "search":
@@ -139,7 +154,8 @@ def _train(opt: CompareOptions, stages: Sequence[Stage], found: Rows, left_out: 
     if late:
         print(f"note: --minutes {opt.minutes:g} are over; the same command goes on with what is left")
     for stage in _stages(opt, found) if len(opt.seeds()) < opt.n else ():  # of others, which ended meanwhile
-        if stage.kind != "search" and stage.seed not in found[stage.kind] and stage.done():
+        new = stage.kind != "search" and stage.seed not in {*found[stage.kind]} | elsewhere
+        if new and stage.done():
             found[stage.kind][stage.seed] = _figures(stage, opt)
 
 
@@ -152,7 +168,7 @@ def _stages(opt: CompareOptions, rows: Rows) -> Iterator[Stage]:
     """
     places = [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
     common = [f"--dataset={opt.dataset}", *places, "--resume=True"]
-    drawn = f"--split={opt.split or Path(opt.experiments_dir) / f'{opt.name}_search_0' / 'split.json'}"
+    drawn = f"--split={_split(opt)}"
     for seed in range(opt.n):
         name = f"{opt.name}_search_{seed}"
         given = [f"--config={opt.search_config}", *opt.search_options, *common, f"--name={name}", f"--seed={seed}"]
@@ -250,7 +266,7 @@ def _figures(stage: Stage, opt: CompareOptions) -> dict[str, Any]:
     kept = ("acc", "balanced_acc", "params", "flops", "test_images", "seed")
     more = {"minutes": training + before, "training": training, "epochs": child.epochs}
     more |= {"latency_ms": statistics.median(calls), "valid_acc": content["metrics"].get("valid_acc")}
-    more |= {"processor": utils.processor()} | ({"search": search} if search else {})
+    more |= {"machine": (options.heads(folder / "options.yaml") + ["", ""])[1]} | ({"search": search} if search else {})
     return {name: figures[name] for name in kept} | more
 
 

@@ -42,10 +42,10 @@ def generator(device: torch.device | str, seed: int, *labels: str | int) -> torc
 
 
 def flush_denormals() -> None:
-    """From now on numbers below 1e-38 count as zero on this process's CPU, for the threads that it starts later too.
+    """Numbers below 1e-38 are zero on this process's CPU from now on; threads begun before may not know.
 
-    Weights of a Concrete Z reach them at low temperatures, and with them whatever they weigh; processors compute with
-    them up to a hundred times slower, which is seven times for a step of the search on an Intel Xeon.
+    At low temperatures weights of a Concrete Z are so small, and with them what they weigh; processors compute with
+    such numbers many times slower (docs/performance.md).
     """
     torch.set_flush_denormal(True)
 

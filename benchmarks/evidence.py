@@ -15,8 +15,7 @@ The comparison, fixed before its first run and made of two searches in turn: N =
 of each the found cell, a random cell with its parameters (5 %), one with its multiply-adds (10 %) too, a plain CNN and
 a ResNet with its parameters; one recipe, one training each. The unit is the search. Primary: found less random, Welch's
 interval; further: permutation p, the percentile of the median found cell among the random ones, the best of k random
-cells in equal time. On another machine it goes on where EXPERIMENTS/evidence_compare/comparison.json lies as
-OUT/evidence/compare_so_far.json.
+cells in equal time. Another machine goes on with what is left: --others '[evidence_compare/comparison.json]'.
 """
 
 import json
@@ -131,8 +130,7 @@ def _compared(opt: EvidenceOptions) -> dict[str, Any] | None:
     argv += [f"--retrain_config={TRAIN}", f"--retrain_options={json.dumps([data, *opt.retrain_options])}"]
     argv += [f"--experiments_dir={opt.experiments_dir}", f"--visualizations_dir={opt.visualizations_dir}"]
     argv += [f"--minutes={opt.minutes}"] if opt.minutes else []
-    before = Path(opt.out) / "evidence" / "compare_so_far.json"  # rounds of other machines
-    argv += [f"--others=[{before}]"] if before.exists() else []
+    argv += [f"--others={json.dumps(opt.others)}"] if opt.others else []
     try:
         result = compare.main(argv)
     except compare.Unfinished:
@@ -149,8 +147,8 @@ def _remedies(opt: EvidenceOptions) -> dict[str, Any] | None:
 
     def of_kind(key: str, seed: int) -> list[Job]:
         trained = ["--genotype=" + study.folder(opt, f"{key}_search", seed).name]
-        searched = study.search(opt, "tuning", f"{key}_search", seed, kinds[key][1])
-        return [searched, study.train(opt, "tuning", f"{key}_found", seed, trained)]
+        search = study.search(opt, "tuning", f"{key}_search", seed, kinds[key][1])
+        return [search, study.train(opt, "tuning", f"{key}_found", seed, trained)]
 
     rounds = [of_kind(key, seed) for seed in range(opt.tries) for key in kinds]
     rounds += [

@@ -1,6 +1,6 @@
 """Searches under several budgets with several seeds: what the child costs, and its accuracy.
 
-    python -m benchmarks.pareto --measure params --budgets='[45000, 70000, 100000]' --seeds 3
+    python -m benchmarks.pareto --measure params --budgets='[20000, 30000, 40000]' --seeds 3
 
 Each is a run of main_constraint.py; finished ones are skipped, interrupted ones go on. A search without a budget
 (--eta 0) of every seed is run for comparison, unless --free False. Writes docs/budget.md, and beside it the
@@ -33,7 +33,7 @@ class ParetoOptions(Recorded):
 
     measure: Literal["params", "flops", "mac", "latency_ms"] = "params"
     """What the budgets are about."""
-    budgets: list[PositiveFloat] = field(default_factory=lambda: [45_000.0, 70_000.0, 100_000.0])
+    budgets: list[PositiveFloat] = field(default_factory=lambda: [20_000.0, 30_000.0, 40_000.0])
     """Budgets."""
     seeds: PositiveInt = 3
     """Searches of each budget."""

@@ -12,7 +12,7 @@ A step is forward, backward, both gradient clips, SGD for theta and Adam for alp
     plain      the same without the fused CPU kernels
     bf16       the same with --precision bf16
     compiled   the same with --compile True, without the fused CPU kernels; minutes before the first step
-    denormals  the same as ours, but numbers below 1e-38 are computed with, as PyTorch does where nothing is said
+    denormals  the same as ours, but numbers below 1e-38 are computed with, as in textbook and by PyTorch's default
 
 --external FILE names a Python file that defines
 
@@ -24,7 +24,7 @@ where forward(images) -> logits samples its own Z, and thetas and alphas are lis
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "pairs": {name: _in_turns(opt, names[0], name) for name in names[1:]},
     }
     text = _text(opt, names[0], figures)
-    name = "search_step" if opt.temperature == 1 else "search_step_cold"
+    name = "search_step" if opt.temperature == 1 else f"search_step_t{opt.temperature:g}"
     return record.publish("search_step", opt, figures, text, record.on_this(name))
 
 
@@ -221,7 +221,7 @@ def _count(opt: StepOptions, name: str, step: Callable[[], None], device: torch.
 
 def _flops(opt: StepOptions, name: str, device: torch.device) -> int:
     """Multiply-adds of a step: three times those of the forward pass, in each contender's own operations."""
-    forward, _, _ = make_contender(opt, name, device)
+    forward, _, _ = make_contender(replace(opt, temperature=1.0), name, device)  # where no weight of Z is nothing
     # the counter does not see into the kernels
     with kernels.switched(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward(torch.zeros(opt.batch_size, 3, opt.image_size, opt.image_size, device=device))

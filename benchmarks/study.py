@@ -52,6 +52,8 @@ class EvidenceOptions(Recorded):
     """No further run begins after so many minutes; the same command goes on."""
     part: str = "1/1"
     """K/N takes every N-th run from the K-th on: N processes share a stage."""
+    others: list[str] = field(default_factory=list)
+    """comparison.json files of the same comparison on other machines: their rounds are not run again."""
     search_options: list[str] = field(default_factory=list)
     """Further options of every search, e.g. '["--epochs=1"]', for a trial of the whole in minutes."""
     retrain_options: list[str] = field(default_factory=list)

@@ -1,6 +1,8 @@
 """What a search is worth: the found cell against what a user would take instead, with n and intervals."""
 
 import csv
+import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from math import comb
@@ -12,6 +14,7 @@ import numpy as np
 from scipy.stats import t
 
 from loading import splits
+from options import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +30,43 @@ NAMES = {
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # of each contender: acc, balanced_acc, params, flops, minutes, ...
 Gap = dict[str, float | None]
+
+
+_READ = ("acc", "balanced_acc", "params", "flops", "epochs", "minutes", "training", "latency_ms")
+
+
+def read_rounds(
+    path: Path, contenders: Sequence[str]
+) -> tuple[dict[int, dict[str, dict[str, Any]]], set[tuple[str, int]], dict[str, Any]]:
+    """The whole rounds of a comparison.json of another machine.
+
+    Args:
+        path: the file. contenders: whom a whole round has, but for those that could not be had.
+    Returns:
+        by seed the row of each contender; contender and seed of what could not be had; the recipes.
+    Raises:
+        UserError: it is no such file, or a figure in it is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        runs, recipes = content["runs"], content["recipes"]
+        rows = {name: {int(row["seed"]): dict(row) for row in runs.get(name, [])} for name in contenders}
+        lacking = {(str(name), int(seed)) for name, seed in content["left_out"]}
+        lacking -= {(name, seed) for name, its in rows.items() for seed in its}
+        numbers = [float(row[figure]) for its in rows.values() for row in its.values() for figure in _READ]
+        good = all(math.isfinite(number) and number >= 0 for number in numbers)
+        good = good and all(row["training"] > 0 and row["params"] > 0 for its in rows.values() for row in its.values())
+        good = good and all({"free", "valid_acc"} <= row["search"].keys() for row in rows["found"].values())
+        good = good and all(isinstance(recipes[kind], dict) for kind in ("search", "training")) and "split" in recipes
+        good = good and all(isinstance(row["machine"], str) for its in rows.values() for row in its.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        good = False
+    if not good:
+        raise UserError(
+            f"--others {path} is no comparison.json, or of an earlier version: compare.py writes it anew there"
+        )
+    seeds = [seed for seed in rows["found"] if all(seed in rows[c] or (c, seed) in lacking for c in contenders)]
+    return {seed: {c: rows[c][seed] for c in contenders if seed in rows[c]} for seed in seeds}, lacking, recipes
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Gap:

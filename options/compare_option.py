@@ -36,7 +36,7 @@ class CompareOptions:
     part: str = "1/1"
     """K/N runs every N-th seed from the K-th on: N processes with a --split share the work of one comparison."""
     others: list[str] = field(default_factory=list)
-    """comparison.json files of the same comparison, with its recipes and --split, on other machines: their finished
+    """comparison.json files of the same comparison, with its recipes and --split, on other machines: their whole
     rounds (a search and its contenders) count, and are not run here."""
     search_config: str = "options/presets/quick.yaml"
     """The recipe of every search."""
@@ -64,9 +64,10 @@ class CompareOptions:
             raise UserError(f"--part {self.part} has none of the {self.n} seeds of --n")
         if self.split is not None and not Path(self.split).is_file():
             raise UserError(f"--split {self.split}: no such file; give a split.json, or nothing for the first search's")
-        if (parts > 1 or self.others) and self.split is None:
-            shared = "--others" if self.others else f"--part {self.part}"
-            raise UserError(f"{shared} needs a --split, or every part would draw its own")
+        if self.others and self.split is None:
+            raise UserError("--others needs the --split that was used there too")
+        if parts > 1 and self.split is None:
+            raise UserError(f"--part {self.part} needs a --split, or every part would draw its own")
         for given in (*self.search_options, *self.retrain_options):
             if given.removeprefix("--").partition("=")[0] in OWN:
                 raise UserError(f"{given} is not for a recipe: compare.py sets it for every run")

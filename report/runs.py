@@ -159,7 +159,10 @@ def minutes_of(folder: Path) -> float:
 
 def searched(folder: Path) -> dict[str, Any]:
     """Of a finished search: minutes, share of the operations that learn nothing, what its last row has."""
-    genotype, last = cells.read_genotype(folder / "genotype.json"), _rows(folder)[-1]
+    genotype, rows = cells.read_genotype(folder / "genotype.json"), _rows(folder)
+    if not rows:
+        raise UserError(f"{folder}/metrics.jsonl has no row of an epoch")
+    last = rows[-1]
     kept = ("valid_acc", "child_valid_acc", "entropy_normal", "entropy_reduce")
     found = {"minutes": minutes_of(folder), "free": genotypes.free_share(genotype)}
     return found | {name: last[name] for name in kept if name in last}

@@ -1,6 +1,5 @@
 import gzip
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,9 @@ def test_a_search_step_is_compared_with_the_textbook_and_with_what_others_bring(
     assert alone["ours"]["kernels"] < alone["textbook"]["kernels"] / 2
     assert alone["ours"]["bytes"] < alone["textbook"]["bytes"]
     assert "| textbook |" in page and "| external |" in page
+    cold = search_step.main([*small, "--contenders=[denormals, ours]", "--temperature=0.06"])["pairs"]["ours"]["alone"]
+    assert cold["denormals"]["flops"] == cold["ours"]["flops"] == alone["ours"]["flops"]
+    assert "| denormals |" in performance(tmp_path, record.on_this("search_step_t0.06"))[1]
     with pytest.raises(UserError, match="no Python file"):
         search_step.main([*small, "--contenders=[textbook]", "--external=nowhere.py"])
 
@@ -252,9 +254,8 @@ def test_every_stage_of_the_study_writes_its_part(
     capsys.readouterr()
     evidence.main([*given, "--stage=compare"])
     assert "epoch   1" not in capsys.readouterr().out  # nothing is run twice
-    carried = tmp_path / "docs" / "evidence" / "compare_so_far.json"
-    shutil.copy(tmp_path / "experiments" / "evidence_compare" / "comparison.json", carried)
-    again = evidence.main([*given, "--stage=compare", f"--experiments_dir={tmp_path}/new"])
+    carried = tmp_path / "experiments" / "evidence_compare" / "comparison.json"
+    again = evidence.main([*given, "--stage=compare", f"--experiments_dir={tmp_path}/new", f"--others=[{carried}]"])
     assert again is not None and again["runs"] == json.loads(carried.read_text())["runs"]
     assert not list((tmp_path / "new").glob("*_search_*"))  # every round is carried over
     with pytest.raises(UserError, match="--part foo is none of 1/2"):

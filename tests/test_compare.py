@@ -16,7 +16,7 @@ from options import UserError
 from options.compare_option import CONTENDERS
 
 SEARCH = ["--image_size=8", "--init_channels=4", "--layers=3", "--epochs=1", "--batch_size=8", "--crop_padding=1"]
-TRAIN = [*SEARCH, "--auxiliary=False", "--cutout=False", "--drop_path_prob=0"]
+TRAIN = [*SEARCH, "--auxiliary=False", "--cutout=False", "--drop_path_prob=0", "--schedule=cosine"]
 
 
 @pytest.fixture
@@ -103,21 +103,62 @@ def test_rounds_of_another_machine_count_and_are_not_run_again(
     assert compare.main(moved)["runs"] == result["runs"]  # all of it was made elsewhere
     assert "are not done yet" not in capsys.readouterr().out
 
+    for once in ([other, tmp_path / "both.json"], [tmp_path / "both.json", other]):  # a round is one file's
+        twice = [*given, f"--experiments_dir={tmp_path}/fourth", f"--others={json.dumps([str(path) for path in once])}"]
+        assert compare.main(twice)["runs"] == result["runs"]
+    local = compare.main([*given, f"--experiments_dir={tmp_path}/there", f"--others=[{tmp_path}/both.json]"])["runs"]
+    assert [row["seed"] for row in local["found"]] == [0, 1] and local["found"][1] == result["runs"]["found"][1]
+
+
+def test_what_is_no_round_of_this_comparison_does_not_count(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*given, "--contenders=[found,random]", "--n=1"]
+    compare.main(given)
+    split = shutil.copy(tmp_path / "experiments" / "compare_search_0" / "split.json", tmp_path / "split.json")
+    told = json.loads((tmp_path / "experiments" / "compare" / "comparison.json").read_text())
     half = tmp_path / "half.json"
-    half.write_text(json.dumps(told | {"runs": {"found": told["runs"]["found"]}}))
-    random = compare.main([*given, "--name=whole", "--n=1", f"--others=[{half}]"])["runs"]["random"]
-    assert [row["seed"] for row in random] == [0]  # a round that is not whole is run here
-    half.write_text(json.dumps(told | {"runs": {"found": told["runs"]["found"]}, "left_out": [["random", 0]]}))
-    with pytest.raises(UserError, match="not every contender"):
-        compare.main([*given, "--name=none", "--n=1", f"--others=[{half}]"])
-    for name in ("search", "training", "split"):
-        half.write_text(json.dumps(told | {"recipes": told["recipes"] | {name: {"epochs": 7}}}))
-        with pytest.raises(UserError, match=f"is of another comparison: {name} there"):
-            compare.main([*given, f"--others=[{half}]"])
-    for text in ("{", "[1]", "{}", '{"runs": 3, "recipes": {}, "left_out": []}', '{"recipes": 5, "left_out": [[1]]}'):
+
+    def again(changed: dict[str, Any], name: str = "again") -> dict[str, Any]:
+        half.write_text(json.dumps(told | changed))
+        return compare.main([*given, f"--split={split}", f"--name={name}", f"--others=[{half}]"])
+
+    found, random = (told["runs"][name] for name in ("found", "random"))
+    runs = again({"runs": {"found": found}})["runs"]  # a round that is not whole is run here
+    assert runs["random"][0]["seed"] == 0 and (tmp_path / "experiments" / "again_random_0").is_dir()
+    for lacking in ({"runs": {"found": found}, "left_out": [["random", 0]]}, {"left_out": [["random", 0]]}):
+        if "runs" in lacking:
+            with pytest.raises(UserError, match="not every contender"):
+                again(lacking, "none")
+        else:
+            assert again(lacking, "more")["runs"]["random"] == random
+        assert "-1 trainings" not in capsys.readouterr().out
+    recipe = told["recipes"]
+    for kind in ("search", "training"):
+        with pytest.raises(UserError, match=f"--epochs of its {kind} is 7 there, 1 here"):
+            again({"recipes": recipe | {kind: recipe[kind] | {"epochs": 7}}}, "other")
+    with pytest.raises(UserError, match="another split"):
+        again({"recipes": recipe | {"split": "abc"}}, "other")
+    older = {kind: {k: v for k, v in recipe[kind].items() if k != "flip"} for kind in ("search", "training")}
+    assert again({"recipes": recipe | older}, "older")["runs"] == told["runs"]  # an option that was not there yet
+    row = found[0]
+    wrong: list[dict[str, Any]] = [
+        *({"runs": {"found": [row | {"acc": value}], "random": random}} for value in ("x", None, float("nan"), [1])),
+        {"runs": {"found": [row | {"training": 0}], "random": random}},
+        {"runs": {"found": [{"seed": 0}], "random": random}},
+        {"runs": {"found": [row | {"seed": float("inf")}], "random": random}},
+        {"runs": {"found": [{k: v for k, v in row.items() if k != "search"}], "random": random}},
+        *({"runs": value} for value in (3, [], {"found": 5})),
+        *({"left_out": value} for value in (3, [[1]], [["random", "x"]])),
+        *({"recipes": value} for value in (5, {}, {"search": 1, "training": {}, "split": None})),
+    ]
+    for changed in wrong:
+        with pytest.raises(UserError, match=r"half\.json is no comparison\.json"):
+            again(changed, "other")
+    for text in ("{", "[1]", "{}", "[" * 100_000):
         half.write_text(text)
-        with pytest.raises(UserError, match=r"half.json is no comparison.json"):
-            compare.main([*given, f"--others=[{half}]"])
+        with pytest.raises(UserError, match=r"half\.json is no comparison\.json"):
+            compare.main([*given, f"--split={split}", "--name=other", f"--others=[{half}]"])
 
 
 def test_other_images_under_the_same_name_are_refused(given: list[str], tiny: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class _Quiet(io.TextIOWrapper):
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[World, torch.device]]:
-    """The processes that torchrun has started, or this one alone, and the device of this one.
+    """The processes that torchrun has started, or this one alone, and the device of this one; denormals are zero then.
 
     Args:
         device: of --device; on a machine with several GPUs each process takes its own.
