@@ -82,7 +82,7 @@ def _recipes(opt: CompareOptions, stages: Sequence[Stage]) -> dict[str, Any]:
     def of(run: Any) -> dict[str, Any]:
         return {name: value for name, value in options.to_dict(run).items() if name not in OWN | FREE}
 
-    found = {"search": of(stages[0].opt), "training": of(stages[1].opt), "split": None}
+    found: dict[str, Any] = {"search": of(stages[0].opt), "training": of(stages[1].opt), "split": None}
     drawn = _split(opt)
     if drawn.is_file():
         parts = json.loads(drawn.read_text(encoding="utf-8"))
