@@ -44,9 +44,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing, print table and verdict, write both; returns the content of comparison.json."""
     opt = options.parse(CompareOptions, argv, "compare.py", __doc__)
     import utils
+
+    with utils.no_denormals():  # in every thread from the beginning
+        return _compare(opt)
+
+
+def _compare(opt: CompareOptions) -> dict[str, Any]:
+    import utils
     from child import comparison
 
-    utils.flush_denormals()
     folder = Path(opt.experiments_dir) / opt.name
     stages = [*_stages(opt, {})]  # what is wrong with the options is said before the first search, not after it
     utils.writable(folder, "experiments_dir")

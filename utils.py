@@ -41,13 +41,19 @@ def generator(device: torch.device | str, seed: int, *labels: str | int) -> torc
     return torch.Generator(device).manual_seed(fold(seed, *labels))
 
 
-def flush_denormals() -> None:
-    """Numbers below 1e-38 are zero on this process's CPU from now on; threads begun before may not know.
+@contextmanager
+def no_denormals() -> Iterator[None]:
+    """Numbers below 1e-38 are zero on this process's CPU meanwhile; threads begun before may not know.
 
     At low temperatures weights of a Concrete Z are so small, and with them what they weigh; processors compute with
     such numbers many times slower (docs/performance.md).
     """
+    before = torch.tensor(1e-30).mul(1e-9).item() == 0
     torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def pick_device(name: str) -> torch.device:

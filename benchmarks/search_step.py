@@ -24,6 +24,7 @@ where forward(images) -> logits samples its own Z, and thetas and alphas are lis
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,12 +78,13 @@ class StepOptions(Rounds):
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; returns the content of the JSON file."""
     opt = record.parse(StepOptions, argv, "search_step", __doc__)
-    if opt.alone not in ("textbook", "external", "denormals"):
-        utils.flush_denormals()
     device = utils.pick_device(opt.device)
     if opt.alone:
         name = opt.alone
-        return runner.serve(lambda: make_step(opt, name, device), lambda step: _count(opt, name, step, device), device)
+        with nullcontext() if name in ("textbook", "external", "denormals") else utils.no_denormals():
+            return runner.serve(
+                lambda: make_step(opt, name, device), lambda step: _count(opt, name, step, device), device
+            )
     names: list[str] = [*opt.contenders]
     if opt.external:
         _external(opt)

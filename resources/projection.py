@@ -60,7 +60,8 @@ def project(
             values.scatter_(-1, top, low).scatter_(-1, wanted, high)
         high = alpha.gather(-1, wanted)
         tie = (alpha == high).sum(-1, keepdim=True) > 1  # some other is as high, and may be the first
-        alpha.scatter_(-1, wanted, torch.where(tie, torch.nextafter(high, high + 1), high))
+        above = torch.maximum(torch.nextafter(high, high + 1), high + torch.finfo(alpha.dtype).tiny)  # no denormal
+        alpha.scatter_(-1, wanted, torch.where(tie, above, high))
 
 
 def _likeliest(log_p: Tensor, bounds: Sequence[tuple[Table, float]], least: float) -> Tensor:

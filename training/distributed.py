@@ -114,12 +114,11 @@ class _Quiet(io.TextIOWrapper):
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[World, torch.device]]:
-    """The processes that torchrun has started, or this one alone, and the device of this one; denormals are zero then.
+    """The processes that torchrun has started, or this one alone, and the device of this one.
 
     Args:
         device: of --device; on a machine with several GPUs each process takes its own.
     """
-    utils.flush_denormals()
     size, rank = count(), int(os.environ.get("RANK", "0"))
     if size == 1:
         yield ALONE, utils.pick_device(device)

@@ -110,6 +110,7 @@ def open_run(
         UserError: the experiment exists or another process writes it, its options differ, or the data cannot be used.
     """
     with (
+        utils.no_denormals(),
         distributed.joined(opt.device) as (world, device),
         _opened(opt, stem, given, train_on_valid, world, device) as run,
     ):

@@ -1,9 +1,12 @@
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+import utils
 from model_search import Network
 from resources import cost
 from resources.cost import Table
@@ -52,11 +55,14 @@ def test_the_projection_makes_the_likeliest_architecture_within_the_budget_the_c
         assert all(map(torch.equal, alphas, after))
 
 
-def test_the_projection_decides_a_tie() -> None:
+@pytest.mark.parametrize("mode", [nullcontext, utils.no_denormals])
+def test_the_projection_decides_a_tie(mode: Callable[[], AbstractContextManager[None]]) -> None:
     table = Table(0.0, torch.tensor([[5.0, 1.0], [0.0, 0.0]]))
-    alphas = [nn.Parameter(torch.zeros(1, 2)) for _ in range(2)]
-    project(alphas, [(table, 2.0)])
-    assert child_cost(table, alphas) == 1
+    for height in (0.0, 1.0, -3.0, -1.2e-38):
+        alphas = [nn.Parameter(torch.full((1, 2), height)) for _ in range(2)]
+        with mode():  # as in a run
+            project(alphas, [(table, 2.0)])
+            assert child_cost(table, alphas) == 1
 
 
 def test_the_projection_decides_a_tie_with_a_third_operation() -> None:
