@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _compare(opt: CompareOptions) -> dict[str, Any]:
+    """The comparison of these options; see main."""
     import utils
     from child import comparison
 
@@ -83,6 +84,7 @@ def _compare(opt: CompareOptions) -> dict[str, Any]:
 
 def _recipes(opt: CompareOptions, stages: Sequence[Stage]) -> dict[str, Any]:
     """What all rounds have alike: the options of a search and of a training, and which images are in which part."""
+    from loading import records
     from training.opening import FREE
 
     def of(run: Any) -> dict[str, Any]:
@@ -91,8 +93,7 @@ def _recipes(opt: CompareOptions, stages: Sequence[Stage]) -> dict[str, Any]:
     found: dict[str, Any] = {"search": of(stages[0].opt), "training": of(stages[1].opt), "split": None}
     drawn = _split(opt)
     if drawn.is_file():
-        parts = json.loads(drawn.read_text(encoding="utf-8"))
-        named = json.dumps([sorted(parts.get(part, [])) for part in ("train", "valid", "test")])
+        named = json.dumps([sorted(part) for part in records.read_split(drawn).split.values()])
         found["split"] = hashlib.sha256(named.encode()).hexdigest()
     plain: dict[str, Any] = json.loads(json.dumps(found))  # as it is in a file
     return plain
@@ -115,8 +116,8 @@ def _others(opt: CompareOptions, stages: Sequence[Stage]) -> tuple[Rows, LeftOut
         rounds, lacking, theirs = comparison.read_rounds(Path(path), [*found])
         for kind, default in usual.items():  # an option that was not there yet had its default
             for name, value in recipes[kind].items():
-                if theirs[kind].get(name, default[name]) != value:
-                    there = theirs[kind].get(name, default[name])
+                there = theirs[kind].get(name, default[name])
+                if there != value:
                     raise UserError(f"--others {path}: --{name} of its {kind} is {there} there, {value} here")
         if theirs["split"] != recipes["split"]:
             raise UserError(f"--others {path}: its runs had another split of the images than --split {opt.split}")

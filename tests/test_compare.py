@@ -139,6 +139,8 @@ def test_what_is_no_round_of_this_comparison_does_not_count(
             again({"recipes": recipe | {kind: recipe[kind] | {"epochs": 7}}}, "other")
     with pytest.raises(UserError, match="another split"):
         again({"recipes": recipe | {"split": "abc"}}, "other")
+    with pytest.raises(UserError, match=r"half\.json is no split\.json"):
+        compare.main([*given, f"--split={half}", "--name=other", f"--others=[{half}]"])
     older = {kind: {k: v for k, v in recipe[kind].items() if k != "flip"} for kind in ("search", "training")}
     assert again({"recipes": recipe | older}, "older")["runs"] == told["runs"]  # an option that was not there yet
     row = found[0]
