@@ -30,7 +30,7 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch
     build.path.cache_clear()
 
 
-@compiler
+@pytest.mark.usefixtures("compiled")
 def test_a_damaged_library_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     good, damaged = build.path(), tmp_path / "kernels.so"
     damaged.write_bytes(b"torn")
