@@ -28,7 +28,7 @@ def load(model: str) -> tuple[Callable[[Pixels], Pixels], Mapping[str, str]]:
 
     extra = {"metadata.json": ""}
     module = torch.export.load(model, extra_files=extra).module()
-    return lambda images: module(torch.from_numpy(images)).detach().numpy(), json.loads(extra["metadata.json"])
+    return lambda images: module(torch.tensor(images)).detach().numpy(), json.loads(extra["metadata.json"])
 
 
 def classifier(model: str = str(Path(__file__).with_name(MODEL))) -> Callable[[str], tuple[str, float]]:

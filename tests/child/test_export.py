@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,30 @@ def test_other_formats_and_inputs_agree_too(trained: list[str], kind: str, taken
     if kind == "pt2":
         loaded = torch.export.load(exported.path).module()
         assert loaded(torch.zeros(5, 3, 8, 8, dtype=torch.uint8)).shape == (5, 3)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_a_file_holds_the_network_once_and_no_path_of_its_machine(
+    kind: str, searched: list[str], tmp_path: Path, tiny: Path
+) -> None:
+    sizes = []
+    for name, tta in (("one", False), ("eight", True)):
+        retrain.main([*searched, "--flip=dihedral", f"--tta={tta}", f"--name={name}", "--epochs=1"])
+        exported = export_model.main(
+            [f"--experiments_dir={tmp_path}/experiments", f"--checkpoint={name}", f"--format={kind}"]
+        )
+        sizes.append(exported.path.stat().st_size)
+        content = [exported.path.read_bytes()]
+        if kind == "pt2":
+            with zipfile.ZipFile(exported.path) as archive:
+                content = [archive.read(member) for member in archive.namelist()]
+        root = str(Path(export.__file__).parents[1]).encode()
+        assert not any(root in part or b"stack_trace" in part for part in content)
+    assert sizes[1] < 1.3 * sizes[0]
+    done = subprocess.run(
+        [sys.executable, exported.cards[2], next(tiny.rglob("*.png"))], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and "class" in done.stdout
 
 
 def test_the_card_says_what_the_file_is(trained: list[str], tmp_path: Path) -> None:
