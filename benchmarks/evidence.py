@@ -10,6 +10,8 @@
 What is chosen (recipe, remedies) is chosen on images that the comparison does not use: its 5,000 images are drawn from
 the first 25,000 training images, and its test images are the data set's own 10,000; what is tuned has 5,000 of the next
 25,000, and 10,000 of the rest to be judged on. Of each 5,000, 4,000 are trained on and 1,000 validate, for all alike.
+The split few has 1,280 and 320 of those tuned on, as many as the bundled data set: for compare.py --dataset
+fashion_mnist --split data/fashion_few.json.
 
 The comparison, fixed before its first run and made of two searches in turn: N = 20 searches, seeds 0 to 19;
 of each the found cell, a random cell with its parameters (5 %), one with its multiply-adds (10 %) too, a plain CNN and

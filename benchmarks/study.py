@@ -76,7 +76,7 @@ class Job(NamedTuple):
 
 
 def prepare(opt: EvidenceOptions) -> None:
-    """The files of Fashion-MNIST as torchvision reads them, and both splits."""
+    """The files of Fashion-MNIST as torchvision reads them, and the splits study, tuning and few."""
     place = Path(opt.data_dir) / "FashionMNIST" / "raw"
     place.mkdir(parents=True, exist_ok=True)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
@@ -89,21 +89,29 @@ def prepare(opt: EvidenceOptions) -> None:
     judged = len(labels) // 6  # 10,000 training images to judge what is tuned by, the others for two pools of 25,000
     pool = (len(labels) - judged) // 2
     each = min(opt.images, pool) // 10  # of a class
+    drawn: dict[str, dict[str, list[int]]] = {}
     for name, first, tested in (("study", 0, len(labels)), ("tuning", pool, 2 * pool)):
         test = range(tested, tested + min(opt.test_images, judged))
-        drawn: dict[str, list[int]] = {"train": [], "valid": [], "test": [*test]}
+        drawn[name] = {"train": [], "valid": [], "test": [*test]}
         for label in range(10):
             places = [i for i in range(first, first + pool) if labels[i] == label]
             random.Random(f"{name} {label}").shuffle(places)
-            drawn["train"] += places[: each - each // 5]
-            drawn["valid"] += places[each - each // 5 : each]
-        split = {part: [f"fashion_mnist/{index}" for index in sorted(its)] for part, its in drawn.items()}
+            drawn[name]["train"] += places[: each - each // 5]
+            drawn[name]["valid"] += places[each - each // 5 : each]
+    # as many as the bundled images, where --images is the default: 1,280 and 320 of those that are tuned on
+    size, drawn["few"] = 8 * each // 25, {"train": [], "valid": [], "test": drawn["tuning"]["test"]}
+    for label in range(10):
+        places = [i for i in sorted(drawn["tuning"]["train"]) if labels[i] == label]
+        drawn["few"]["train"] += places[: size - size // 5]
+        drawn["few"]["valid"] += places[size - size // 5 : size]
+    for name, parts in drawn.items():
+        split = {part: [f"fashion_mnist/{index}" for index in sorted(its)] for part, its in parts.items()}
         utils.write_atomic(split_file(opt, name), json.dumps(split))
         print(f"written  {split_file(opt, name)}")
 
 
 def split_file(opt: EvidenceOptions, name: str) -> Path:
-    """Of study or tuning."""
+    """Of study, tuning or few."""
     return Path(opt.data_dir) / f"fashion_{name}.json"
 
 

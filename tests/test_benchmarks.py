@@ -237,6 +237,9 @@ def test_every_stage_of_the_study_writes_its_part(
     assert all([len(split[part]) for part in ("train", "valid", "test")] == [40, 10, 60] for split in splits)
     named = [name for split in splits for part in split.values() for name in part]
     assert len({*named}) == len(named)  # what is tuned on is not in the comparison
+    few = json.loads((tmp_path / "data" / "fashion_few.json").read_text())
+    assert len(few["train"]) == 10 and {*few["train"], *few["valid"]} < {*splits[1]["train"]}
+    assert few["test"] == splits[1]["test"]
     assert evidence.main([*given, "--stage=compare", "--minutes=1e-9"]) is None
     assert "runs are missing" in capsys.readouterr().out
     found = {stage: evidence.main([*given, f"--stage={stage}"]) for stage in STAGES}
