@@ -278,7 +278,7 @@ def _export_onnx(model: Classifier, images: Tensor, path: Path, metadata: Mappin
     )
     proto = onnx.load(path)
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
-        part.ClearField("metadata_props")  # which line made it, with this machine's paths: three quarters of the file
+        part.ClearField("metadata_props")  # which line made it, with this machine's paths: more than half of the file
     onnx.helper.set_model_props(proto, dict(metadata))
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
