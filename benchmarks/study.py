@@ -96,18 +96,21 @@ def prepare(opt: EvidenceOptions) -> None:
         for label in range(10):
             places = [i for i in range(first, first + pool) if labels[i] == label]
             random.Random(f"{name} {label}").shuffle(places)
-            drawn[name]["train"] += places[: each - each // 5]
-            drawn[name]["valid"] += places[each - each // 5 : each]
+            _add(drawn[name], places, each)
     # as many as the bundled images, where --images is the default: 1,280 and 320 of those that are tuned on
-    size, drawn["few"] = 8 * each // 25, {"train": [], "valid": [], "test": drawn["tuning"]["test"]}
+    drawn["few"] = {"train": [], "valid": [], "test": drawn["tuning"]["test"]}
     for label in range(10):
-        places = [i for i in sorted(drawn["tuning"]["train"]) if labels[i] == label]
-        drawn["few"]["train"] += places[: size - size // 5]
-        drawn["few"]["valid"] += places[size - size // 5 : size]
+        _add(drawn["few"], [i for i in sorted(drawn["tuning"]["train"]) if labels[i] == label], 8 * each // 25)
     for name, parts in drawn.items():
         split = {part: [f"fashion_mnist/{index}" for index in sorted(its)] for part, its in parts.items()}
         utils.write_atomic(split_file(opt, name), json.dumps(split))
         print(f"written  {split_file(opt, name)}")
+
+
+def _add(drawn: dict[str, list[int]], places: Sequence[int], size: int) -> None:
+    """The first of a class's images, so many, to a split: four fifths to train on, a fifth to validate."""
+    drawn["train"] += places[: size - size // 5]
+    drawn["valid"] += places[size - size // 5 : size]
 
 
 def split_file(opt: EvidenceOptions, name: str) -> Path:
